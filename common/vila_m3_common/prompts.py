@@ -1,0 +1,171 @@
+"""The conversation formats that the released VILA-M3 weights were trained on, byte for byte.
+
+Data preparation, training, serving and evaluation all call these functions. ``trained`` is the form
+of the instruction data, ``served`` that of the reference's demonstration server, which differs in
+small ways; it is kept so that the difference can be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Variant = Literal["trained", "served"]
+
+# Order of the heads of TorchXRayVision's networks.
+CXR_FINDINGS = (
+    "Atelectasis",
+    "Consolidation",
+    "Infiltration",
+    "Pneumothorax",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Effusion",
+    "Pneumonia",
+    "Pleural_Thickening",
+    "Cardiomegaly",
+    "Nodule",
+    "Mass",
+    "Hernia",
+    "Lung Lesion",
+    "Fracture",
+    "Lung Opacity",
+    "Enlarged Cardiomediastinum",
+)
+
+# Order of the lines in the trained expert turns: the reference's ensemble lists a finding when the first network
+# that votes on it has run, and on pneumothorax only the last one votes.
+CXR_TRAINED_ORDER = (*(name for name in CXR_FINDINGS if name != "Pneumothorax"), "Pneumothorax")
+
+BRATS_LABELS = (1, 2, 4)
+
+
+def opening(modality: str, question: str, cards: str, variant: Variant = "trained") -> str:
+    """Return the first user turn of a study, with the model cards before it.
+
+    Args:
+        modality: ``CXR``, ``CT``, ``MRI`` (four sequences: T1c, T1, T2, FLAIR), ``single MRI`` or
+            ``unknown``; the last two are forms of this project, for images that no trained form fits.
+        question: the user's question, already neutralised.
+        cards: the text of the model cards.
+        variant: see the module's docstring.
+    """
+    forms = {
+        "CXR": ("<image> This is a CXR image.", "<image>This is a CXR image."),
+        "CT": (" <image>This is a CT image.", "<image>This is a CT image."),
+        "MRI": (_MRI_OPENING, _MRI_OPENING),
+        "single MRI": (" <image>This is a single MRI sequence.", "<image>This is a single MRI sequence."),
+        "unknown": (" <image>This is a medical image.", "<image>This is a medical image."),
+    }
+    trained, served = forms[modality]
+    return f"{cards}{trained if variant == 'trained' else served}\n{question}"
+
+
+_MRI_OPENING = (
+    "T1(contrast enhanced): <image>, T1: <image>, T2: <image>, FLAIR: <image> These are different MRI modalities."
+)
+
+
+def ct_feedback(color_names: Mapping[str, str] | Sequence[tuple[str, str]], question: str, variant: Variant) -> str:
+    """Return the expert turn of a CT segmentation.
+
+    Args:
+        color_names: (colour, structure) in the order of the label ids present in the slice.
+        question: the user's question.
+        variant: the served form has no final stop.
+    """
+    pairs = color_names.items() if isinstance(color_names, Mapping) else color_names
+    described = ", ".join(f"{color}: {name}" for color, name in pairs)
+    return f"The results are <image>. The colors in this image describe {described}. {_respond(question, variant)}"
+
+
+def brats_feedback(labels: Sequence[int], colors: Mapping[int, str], question: str, variant: Variant) -> str:
+    """Return the expert turn of a brain tumour segmentation.
+
+    The trained form always names all three regions; a slice that lacks label 1, 2 or 4 gets the served
+    text, which names only what is there.
+
+    Args:
+        labels: label ids present in the slice (1 necrotic core, 2 oedema, 4 enhancing tumour).
+        colors: label id -> colour name in the overlay.
+        question: the user's question.
+        variant: see the module's docstring.
+    """
+    if variant == "trained" and set(BRATS_LABELS) <= set(labels):
+        described = "yellow and red: tumor core, only yellow: enhancing tumor, all colors: whole tumor\n"
+    else:
+        described = _describe_regions(labels, colors)
+    return f"The results are <image>. The colors in this image describe\n{described}{_respond(question, variant)}"
+
+
+def _describe_regions(labels: Sequence[int], colors: Mapping[int, str]) -> str:
+    regions = []
+    if 1 in labels and 4 in labels:
+        regions.append(f"{colors[1]} and {colors[4]}: tumor core")
+    if 4 in labels:
+        regions.append(f"only {colors[4]}: enhancing tumor")
+    if set(labels) & set(BRATS_LABELS):
+        regions.append("all colors: whole tumor")
+    return ", ".join(regions) + "\n" if regions else ""
+
+
+def cxr_feedback(scores: Mapping[str, float], question: str, variant: Variant) -> str:
+    """Return the expert turn of the chest X-ray classification.
+
+    Args:
+        scores: finding -> mean probability. The trained form keeps this order and says yes above 0.5;
+            the served form sorts by name and says yes from 0.5 on.
+        question: the user's question.
+        variant: see the module's docstring.
+    """
+    is_trained = variant == "trained"
+    findings = list(scores) if is_trained else sorted(scores)
+    lines = "".join(
+        f"{finding.lower().replace('_', ' ')}: {'yes' if _is_positive(scores[finding], is_trained) else 'no'}\n"
+        for finding in findings
+    )
+    if is_trained:
+        instruction = (
+            " Analyze the image and take these predictions into account when responding to this prompt:\n" + question
+        )
+    else:
+        instruction = _respond(question, variant)
+    return f"The resulting predictions are:\n{lines}.{instruction}"
+
+
+def _is_positive(score: float, is_trained: bool) -> bool:
+    return score > 0.5 if is_trained else score >= 0.5
+
+
+def _respond(question: str, variant: Variant) -> str:
+    stop = "." if variant == "trained" else ""
+    return f"Use this result to respond to this prompt:\n{question}{stop}"
+
+
+def not_available(name: str, available: Sequence[str]) -> str:
+    """Return the expert turn for a card without a bundle (``<VISTA2D()>`` stands in the trained cards)."""
+    return f"The expert {name} is not available. Available experts: {', '.join(available) or 'none'}."
+
+
+def expert_error(name: str, reason: str, question: str) -> str:
+    """Return the expert turn for a call that could not be carried out."""
+    return f"The expert {name} could not be run: {reason}. Respond to this prompt without its result:\n{question}"
+
+
+def trigger_reply(modality: str, argument: str = "") -> str:
+    """Return the assistant turn that asks an expert for evidence, as trained."""
+    return {
+        "CXR": "This looks like an chest x-ray. Let me first trigger <CXR()>.",
+        "CT": f"This looks like a CT image. Let me trigger <VISTA3D({argument})>. ",
+        "MRI": "This looks like an MRI image sequence. Let me first trigger <BRATS()>.",
+    }[modality]
+
+
+BRATS_REPORT = "I segmented any brain tumors using <BRATS()>."
+BRATS_REPORTED = "All tumors were segmented"
+
+
+def ct_report(verb: str, structures: str, argument: str) -> str:
+    """Return the assistant turn that reports a CT segmentation ("I outlined the organs using <VISTA3D(organs)>.")."""
+    return f"I {verb} {structures} using <VISTA3D({argument})>."

@@ -1,0 +1,56 @@
+"""The nano model's tokenizer: a small byte-level BPE that keeps the fixed phrases of the format whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from vila_m3_common.anatomy import NAMES
+from vila_m3_common.chat_template import TEMPLATES
+from vila_m3_common.overlay import COLOR_CYCLE
+from vila_m3_common.prompts import CXR_FINDINGS
+
+SPECIAL_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "[PAD]",
+)
+
+
+def fixed_phrases(cards: str) -> list[str]:
+    """Return what every conversation repeats: system text, one line per card, structures, findings, colours.
+
+    One token each keeps a conversation of a few hundred tokens at a few dozen. Other text, such as the
+    card of a new expert, is tokenized in ordinary pieces.
+    """
+    system = TEMPLATES["llama_3"].system.split("<|end_header_id|>\n\n")[1].removesuffix("<|eot_id|>")
+    lines = [line for line in cards.split("\n") if line]
+    findings = [finding.lower().replace("_", " ") for finding in CXR_FINDINGS]
+    return [system, *lines, *dict.fromkeys([*NAMES.values(), *findings, *COLOR_CYCLE])]
+
+
+def train_tokenizer(texts: Iterable[str], cards: str, vocabulary_size: int = 2048) -> Tokenizer:
+    """Train the tokenizer.
+
+    Args:
+        texts: rendered conversations.
+        cards: the model cards' text.
+        vocabulary_size: tokens in all, special tokens and phrases included.
+    """
+    phrases = fixed_phrases(cards)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - len(phrases),
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    return tokenizer

@@ -1,0 +1,100 @@
+"""Questions that people ask about a study, from the paraphrase tables in ``questions.json``."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+# One question in ten is kept out of training, chosen by its text, to measure unseen wordings.
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what it is about.
+
+    Args:
+        text: the wording.
+        kind: ``tumor``, ``describe``, ``group``, ``structure``, ``segment``, ``finding``, ``grade`` or ``modality``.
+        argument: the trigger's argument, or the finding's name for ``finding``.
+        target: the structure that decides yes or no; empty where none does.
+        reply: the assistant's report for ``segment``.
+    """
+
+    text: str
+    kind: str
+    argument: str = ""
+    target: str = ""
+    reply: str = ""
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """Return the paraphrase tables."""
+    data: dict[str, Any] = json.loads((Path(__file__).parent / "questions.json").read_text())
+    return data
+
+
+def is_held_out(text: str) -> bool:
+    """Return whether a wording is kept for validation."""
+    return crc32(text.encode()) % 100 < 100 * HELD_OUT_SHARE
+
+
+def draw(make: Any, rng: random.Random, held_out: bool) -> Question:
+    """Call ``make(rng)`` until its question lies on the wanted side of the split."""
+    for _ in range(200):
+        question: Question = make(rng)
+        if is_held_out(question.text) == held_out:
+            return question
+    return question
+
+
+def presence_question(rng: random.Random, forms: list[str]) -> str:
+    """Fill a frame with a noun's forms: with article, plural, bare."""
+    one, many, bare = forms
+    return rng.choice(tables()["presence_frames"]).format(one=one, many=many, bare=bare)
+
+
+def ct_tumor(rng: random.Random) -> Question:
+    """Ask whether a CT shows tumours of one kind."""
+    tumors = tables()["ct_tumors"]
+    argument = rng.choice(list(tumors))
+    return Question(presence_question(rng, rng.choice(tumors[argument])), "tumor", argument, argument)
+
+
+def ct_describe(rng: random.Random) -> Question:
+    """Ask what a CT shows, as a whole or of one group of structures."""
+    groups = tables()["ct_group_questions"]
+    if rng.random() < 0.5:
+        return Question(rng.choice(tables()["describe"]), "describe", "everything")
+    argument = rng.choice(list(groups))
+    return Question(rng.choice(groups[argument]), "describe", argument)
+
+
+def ct_segment(rng: random.Random) -> Question:
+    """Ask for a segmentation of one group."""
+    data = tables()["ct_segment"]
+    argument = rng.choice(list(data["objects"]))
+    what = rng.choice(data["objects"][argument])
+    verb, past = rng.choice(data["verbs"])
+    text = rng.choice(data["frames"]).format(verb=verb, what=what)
+    text = text[0].upper() + text[1:] if rng.random() < 0.85 else text
+    return Question(text, "segment", argument, reply=f"I {past} {what} using <VISTA3D({argument})>.")
+
+
+def cxr_finding(rng: random.Random) -> Question:
+    """Ask for one of the 18 findings."""
+    findings = tables()["cxr_findings"]
+    finding = rng.choice(list(findings))
+    text = rng.choice(tables()["cxr_frames"]).format(what=rng.choice(findings[finding]))
+    return Question(text, "finding", finding, finding)
+
+
+def from_table(name: str, kind: str) -> Any:
+    """Return a maker that draws from a plain list of wordings."""
+    return lambda rng: Question(rng.choice(tables()[name]), kind)

@@ -1,0 +1,241 @@
+"""Pieces of the training configs: data set, collation, loss, metric, starting point, export."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.metrics import Metric
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset, Sampler
+
+from vila_m3_common.chat_template import get_template, render
+from vila_m3_common.errors import UserError
+
+from .model import IGNORED_LABEL, VilaM3, build_model, load_model, save_model
+from .nano_tokenizer import train_tokenizer
+from .phantom_conversations import ConversationMaker, build_pool
+from .processor import Encoded, Processor, build_processor, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+PAD_ID = 0
+
+
+def read_cards(path: str | Path) -> str:
+    """Read the model cards that stand before the first question."""
+    return Path(path).read_text()
+
+
+def start_model(config: Mapping[str, Any], checkpoint: str | None, device: str | torch.device = "cpu") -> VilaM3:
+    """Return the model to train: the checkpoint's, or one with random weights when there is none."""
+    if checkpoint:
+        return load_model(checkpoint, device).train()
+    return build_model(dict(config)).to(device)
+
+
+def start_tokenizer(checkpoint: str | None, maker: ConversationMaker, vocabulary_size: int, template: str) -> Tokenizer:
+    """Return the checkpoint's tokenizer, or train a small one on conversations of the maker."""
+    if checkpoint:
+        return load_tokenizer(Path(checkpoint) / "llm")
+    texts = (render(maker(seed).conversation, get_template(template)).text for seed in range(3000))
+    tokenizer = train_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
+    if tokenizer.get_vocab_size() > vocabulary_size:
+        raise UserError(f"the tokenizer needs {tokenizer.get_vocab_size()} tokens, the model has {vocabulary_size}")
+    return tokenizer
+
+
+def make_processor(tokenizer: Tokenizer, model: VilaM3) -> Processor:
+    """Return the processor that fits a model; a name that configs can point to."""
+    return build_processor(tokenizer, model)
+
+
+def make_conversations(volume_count: int, first_seed: int, cards: str, held_out: bool = False) -> ConversationMaker:
+    """Draw a pool of phantoms and return the maker of conversations about them.
+
+    Args:
+        volume_count: phantoms per modality.
+        first_seed: seeds of training and validation must not overlap.
+        cards: text of the model cards.
+        held_out: whether to use only question wordings that training never sees.
+    """
+    return ConversationMaker(build_pool(volume_count, first_seed), cards, held_out)
+
+
+class ConversationDataset(Dataset):
+    """Encoded conversations; item ``i`` always is the conversation of seed ``first_seed + i``.
+
+    Args:
+        maker: makes a conversation from a seed.
+        processor: encodes it.
+        count: number of items.
+        first_seed: seed of item 0.
+    """
+
+    def __init__(self, maker: ConversationMaker, processor: Processor, count: int, first_seed: int = 0) -> None:
+        self.maker = maker
+        self.processor = processor
+        self.count = count
+        self.first_seed = first_seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Encoded:
+        if index >= self.count:
+            raise IndexError(index)
+        return self.processor(self.maker(self.first_seed + index).conversation)
+
+    def length(self, index: int) -> int:
+        """Return the number of tokens of an item without touching its images."""
+        conversation = self.maker(self.first_seed + index).conversation
+        return len(self.processor.encode_text(render(conversation, self.processor.template))[0])
+
+
+class LengthGroupedBatches(Sampler[list[int]]):
+    """Batches of items of like length, so that little is padding; every item once, in a seeded order.
+
+    Args:
+        dataset: tells the length of each item.
+        batch_size: items in a batch.
+        seed: of the order.
+        group_size: how many batches are sorted by length together.
+    """
+
+    def __init__(self, dataset: ConversationDataset, batch_size: int, seed: int = 0, group_size: int = 8) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.group_size = group_size
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(self.seed)
+        order = rng.sample(range(len(self.dataset)), len(self) * self.batch_size)
+        chunk = self.batch_size * self.group_size
+        for start in range(0, len(order), chunk):
+            group = sorted(order[start : start + chunk], key=self.dataset.length)
+            batches = [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
+            rng.shuffle(batches)
+            yield from batches
+
+
+def collate(items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Pad a batch on the right; images of all rows follow each other.
+
+    Two rows of 5 and 7 tokens with one and four images become ``input_ids`` (2, 7),
+    ``attention_mask`` (2, 7) with two zeros in row 0, ``labels`` (2, 7) and ``pixel_values`` (5, 3, S, S).
+    """
+    width = max(len(item.input_ids) for item in items)
+    shape = (len(items), width)
+    batch = {
+        "input_ids": torch.full(shape, PAD_ID),
+        "labels": torch.full(shape, IGNORED_LABEL),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "pixel_values": torch.cat([item.pixel_values for item in items]),
+    }
+    for row, item in enumerate(items):
+        length = len(item.input_ids)
+        batch["input_ids"][row, :length] = item.input_ids
+        batch["labels"][row, :length] = item.labels
+        batch["attention_mask"][row, :length] = 1
+    return batch
+
+
+def prepare_batch(
+    batch: Mapping[str, torch.Tensor], device: str | torch.device, non_blocking: bool = False, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor, tuple[()], dict[str, torch.Tensor | None]]:
+    """Split a collated batch the way MONAI's engines want it: inputs, targets, args, kwargs."""
+    moved = {key: value.to(device, non_blocking=non_blocking) for key, value in batch.items()}
+    pixel_values = moved["pixel_values"] if len(moved["pixel_values"]) else None
+    return (
+        moved["input_ids"],
+        moved["labels"],
+        (),
+        {"pixel_values": pixel_values, "attention_mask": moved["attention_mask"]},
+    )
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of every supervised token given those before it.
+
+    Args:
+        logits: ``(B, L, V)``.
+        labels: ``(B, L)``.
+    """
+    kept = labels[:, 1:] != IGNORED_LABEL
+    return torch.nn.functional.cross_entropy(logits[:, :-1][kept].float(), labels[:, 1:][kept])
+
+
+class ReplyAccuracy(Metric):
+    """Share of assistant turns that greedy decoding would reproduce word for word, given what came before.
+
+    A turn counts when the largest logit is right at every one of its tokens, its end included.
+    """
+
+    def reset(self) -> None:
+        """Forget everything counted."""
+        self._right = 0
+        self._count = 0
+
+    def update(self, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Count the turns of a batch of logits ``(B, L, V)`` and labels ``(B, L)``."""
+        logits, labels = output
+        targets = labels[:, 1:]
+        is_right = logits[:, :-1].argmax(-1) == targets
+        for row, row_targets in zip(is_right, targets, strict=True):
+            for start, end in supervised_runs(row_targets):
+                self._right += int(row[start:end].all())
+                self._count += 1
+
+    def compute(self) -> float:
+        """Return the share, 0..1."""
+        return self._right / max(1, self._count)
+
+
+def supervised_runs(targets: torch.Tensor) -> list[tuple[int, int]]:
+    """Return start and end of every run of supervised positions in ``(L,)``."""
+    kept = (targets != IGNORED_LABEL).int()
+    edges = torch.diff(kept, prepend=kept.new_zeros(1), append=kept.new_zeros(1))
+    starts = (edges == 1).nonzero()[:, 0].tolist()
+    ends = (edges == -1).nonzero()[:, 0].tolist()
+    return list(zip(starts, ends, strict=True))
+
+
+def logits_and_labels(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick what :class:`ReplyAccuracy` needs out of a MONAI engine's output."""
+    return output["pred"], output["label"]
+
+
+class CheckpointExporter:
+    """Handler that writes the model and its tokenizer as a checkpoint folder when training ends.
+
+    Args:
+        model: the trained model.
+        tokenizer: its tokenizer.
+        folder: where to.
+        dtype: precision of the stored tensors.
+    """
+
+    def __init__(self, model: VilaM3, tokenizer: Tokenizer, folder: str, dtype: str = "float16") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.folder = Path(folder)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+
+    def attach(self, engine: Engine) -> None:
+        """Write after every epoch, so that a stopped training leaves a usable checkpoint."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the checkpoint."""
+        save_model(self.model, self.folder, self.dtype)
+        self.tokenizer.save(str(self.folder / "llm" / "tokenizer.json"))
+        logger.info("wrote %s", self.folder)
