@@ -210,18 +210,15 @@ def forget_duplicate_paths() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep MONAI's and ignite's informational log lines out of a conversation."""
-    names = ("", "monai", "ignite", "py.warnings")
-    levels = {name: logging.getLogger(name).level for name in names}
+    """Keep MONAI's and ignite's informational log lines and warnings out of a conversation."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(disabled)
         forget_duplicate_paths()
 
 

@@ -34,7 +34,9 @@ _READ_ERRORS = (
     HeaderDataError,
 )
 
-logging.getLogger("pydicom").setLevel(logging.ERROR)
+# Both log what no user can act on: odd tags in valid files, and a GPU decoder that is not installed.
+for _name in ("pydicom", "monai.data.nvimgcodec_pydicom_plugin"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
