@@ -14,7 +14,7 @@ from vila_m3_common.standalone import make_output_dir
 from .model import VilaM3
 from .phantom_conversations import ConversationMaker
 from .processor import Encoded, Processor
-from .training import collate, prepare_batch, supervised_runs
+from .training import collate, prepare_batch, supervised_runs, tokens_right
 
 
 @torch.inference_mode()
@@ -40,7 +40,7 @@ def evaluate_replies(
     tallies: dict[str, list[tuple[bool, int, int]]] = defaultdict(list)
     for seed in tqdm(range(first_seed, first_seed + count), desc="evaluating"):
         sample = maker(seed)
-        right = _replies_right(model, processor(sample.conversation))
+        right = _replies_right(model, processor(sample.conversation), sorted(processor.stop_ids))
         tallies[f"{sample.modality}: {sample.kind}"].append((right[0], sum(right), len(right)))
         tallies["all"].append((right[0], sum(right), len(right)))
     metrics = {name: _summary(rows) for name, rows in sorted(tallies.items())}
@@ -50,11 +50,11 @@ def evaluate_replies(
     return metrics
 
 
-def _replies_right(model: VilaM3, encoded: Encoded) -> list[bool]:
+def _replies_right(model: VilaM3, encoded: Encoded, stop_ids: list[int]) -> list[bool]:
     inputs, labels, _, keywords = prepare_batch(collate([encoded]), model.device)
-    predicted = model(inputs, **keywords)[0, :-1].argmax(-1)
     targets = labels[0, 1:]
-    return [bool((predicted[start:end] == targets[start:end]).all()) for start, end in supervised_runs(targets)]
+    is_right = tokens_right(model(inputs, **keywords)[0, :-1].argmax(-1), targets, stop_ids)
+    return [bool(is_right[start:end].all()) for start, end in supervised_runs(targets)]
 
 
 def _summary(rows: list[tuple[bool, int, int]]) -> dict[str, float]:

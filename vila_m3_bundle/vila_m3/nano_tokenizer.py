@@ -22,15 +22,18 @@ SPECIAL_TOKENS = (
 
 
 def fixed_phrases(cards: str) -> list[str]:
-    """Return what every conversation repeats: system text, one line per card, structures, findings, colours.
+    """Return what every conversation repeats, one token each: a conversation then has dozens of tokens, not hundreds.
 
-    One token each keeps a conversation of a few hundred tokens at a few dozen. Other text, such as the
-    card of a new expert, is tokenized in ordinary pieces.
+    System text, one line per card, structures (alone, and as a legend's ": liver"), findings (alone, and as a
+    prediction's "effusion: yes" line) and colours. Other text, such as the card of a new expert, is tokenized
+    in ordinary pieces.
     """
     system = TEMPLATES["llama_3"].system.split("<|end_header_id|>\n\n")[1].removesuffix("<|eot_id|>")
     lines = [line for line in cards.split("\n") if line]
+    structures = [phrase for name in NAMES.values() for phrase in (name, f": {name}")]
     findings = [finding.lower().replace("_", " ") for finding in CXR_FINDINGS]
-    return [system, *lines, *dict.fromkeys([*NAMES.values(), *findings, *COLOR_CYCLE])]
+    predictions = [f"{finding}: {answer}\n" for finding in findings for answer in ("yes", "no")]
+    return [system, *lines, *dict.fromkeys([*structures, *findings, *predictions, *COLOR_CYCLE])]
 
 
 def train_tokenizer(texts: Iterable[str], cards: str, vocabulary_size: int = 2048) -> Tokenizer:

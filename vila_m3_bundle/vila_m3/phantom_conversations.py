@@ -134,7 +134,7 @@ class ConversationMaker:
         """Make one conversation; everything random follows from ``seed``."""
         rng = random.Random(seed)
         makers: tuple[Callable[[random.Random], Sample], ...] = (self._ct, self._mri, self._cxr, self._other)
-        return rng.choices(makers, weights=(0.46, 0.2, 0.28, 0.06))[0](rng)
+        return rng.choices(makers, weights=(0.52, 0.12, 0.3, 0.06))[0](rng)
 
     def _draw(self, make: Callable[[random.Random], Question], rng: random.Random) -> Question:
         return draw(make, rng, self.held_out)
@@ -148,7 +148,7 @@ class ConversationMaker:
         conversation = Conversation()
         kinds = rng.choices(
             ("tumor", "describe", "structure", "segment", "modality", "vista2d"),
-            weights=(0.46, 0.16, 0.12, 0.18, 0.05, 0.03),
+            weights=(0.42, 0.2, 0.12, 0.18, 0.05, 0.03),
             k=rng.choice((1, 1, 2, 3)),
         )
         for position, kind in enumerate(kinds):
@@ -335,7 +335,7 @@ def random_labels(shape: tuple[int, ...], rng: random.Random) -> np.ndarray:
     labels = np.zeros(shape, np.uint8)
     rows, columns = np.ogrid[: shape[0], : shape[1]]
     candidates = rng.sample(sorted(NAMES), rng.randrange(1, 14))
-    candidates += [label for label in TUMORS.values() if rng.random() < 0.4]
+    candidates += [label for label in TUMORS.values() if rng.random() < 0.6]
     for label in candidates:
         row, column = rng.uniform(0.15, 0.85) * shape[0], rng.uniform(0.15, 0.85) * shape[1]
         radius = rng.uniform(0.03, 0.12) * shape[0]
@@ -348,6 +348,6 @@ def random_scores(drawn: Sequence[str], rng: random.Random) -> dict[str, float]:
     if rng.random() < 0.3:
         positive = set(drawn)
     else:
-        rate = rng.choice((0.05, 0.15, 0.3, 0.5, 0.7))
-        positive = {name for name in prompts.CXR_FINDINGS if rng.random() < rate}
-    return {name: 0.9 if name in positive else 0.1 for name in prompts.CXR_FINDINGS}
+        rate = rng.choice((0.1, 0.3, 0.5, 0.7))
+        positive = {name for name in prompts.CXR_TRAINED_ORDER if rng.random() < rate}
+    return {name: 0.9 if name in positive else 0.1 for name in prompts.CXR_TRAINED_ORDER}

@@ -52,8 +52,8 @@ class Processor:
         self.tokens_per_image = tokens_per_image
         self.template = template
         self.max_length = max_length
-        stops = {template.stop, template.final_end}
-        self.stop_ids = frozenset(tokenizer.token_to_id(stop) for stop in stops) - {None}
+        stops = (tokenizer.token_to_id(text) for text in (template.stop, template.final_end))
+        self.stop_ids: frozenset[int] = frozenset(stop for stop in stops if stop is not None)
 
     def __call__(self, conversation: Conversation) -> Encoded:
         """Encode a conversation for training or generation (see :func:`render`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,20 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 class ReplyAccuracy(Metric):
     """Share of assistant turns that greedy decoding would reproduce word for word, given what came before.
 
-    A turn counts when the largest logit is right at every one of its tokens, its end included.
+    A turn counts when the largest logit is right at every one of its tokens. Its end counts as right when
+    any of the template's stop tokens is predicted: which of them follows depends on whether the conversation
+    goes on, and nobody can know that.
+
+    Args:
+        stop_ids: token ids that end a turn.
+        output_transform: picks (logits, labels) out of the engine's output.
     """
+
+    def __init__(
+        self, stop_ids: Iterable[int] = (), output_transform: Callable[[Any], Any] = lambda output: output
+    ) -> None:
+        self.stop_ids = sorted(stop_ids)
+        super().__init__(output_transform)
 
     def reset(self) -> None:
         """Forget everything counted."""
@@ -189,7 +201,7 @@ class ReplyAccuracy(Metric):
         """Count the turns of a batch of logits ``(B, L, V)`` and labels ``(B, L)``."""
         logits, labels = output
         targets = labels[:, 1:]
-        is_right = logits[:, :-1].argmax(-1) == targets
+        is_right = tokens_right(logits[:, :-1].argmax(-1), targets, self.stop_ids)
         for row, row_targets in zip(is_right, targets, strict=True):
             for start, end in supervised_runs(row_targets):
                 self._right += int(row[start:end].all())
@@ -198,6 +210,12 @@ class ReplyAccuracy(Metric):
     def compute(self) -> float:
         """Return the share, 0..1."""
         return self._right / max(1, self._count)
+
+
+def tokens_right(predicted: torch.Tensor, targets: torch.Tensor, stop_ids: Sequence[int]) -> torch.Tensor:
+    """Compare token ids of any shape; all stop tokens count as one."""
+    stops = torch.tensor(list(stop_ids), dtype=targets.dtype, device=targets.device)
+    return (predicted == targets) | (torch.isin(predicted, stops) & torch.isin(targets, stops))
 
 
 def supervised_runs(targets: torch.Tensor) -> list[tuple[int, int]]:

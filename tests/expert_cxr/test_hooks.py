@@ -1,0 +1,89 @@
+"""Texts come from the VILA-M3 reference, recorded in golden/experts/cxr and golden/data_eval."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from cxr_expert.hooks import CxrFeedback, expert_request
+from cxr_expert.network import CxrEnsemble, CxrMember
+from vila_m3_common.errors import UserError
+from vila_m3_common.expert import ExpertRequest
+from vila_m3_common.prompts import CXR_FINDINGS, cxr_feedback
+
+
+def ensemble(trained=CXR_FINDINGS):
+    targets = [name if name in trained else "" for name in CXR_FINDINGS]
+    return CxrEnsemble({"one": CxrMember(torch.nn.Identity(), 8, targets)})
+
+
+def run_output(scores, tmp_path, question="Is there an effusion?"):
+    request = ExpertRequest(("x.png",), question=question, output_dir=str(tmp_path), stem="cxr")
+    return {"pred": torch.tensor(scores), "request": request.to_json()}
+
+
+@pytest.mark.parametrize("name", list("abcde"))
+def test_served_text_equals_the_reference(shared, tmp_path, name):
+    run = json.loads((shared / "golden/experts/cxr/expert_text.json").read_text())["runs"][name]
+    question = run["instruction"].split("prompt:\n")[1]
+    output = run_output([run["averaged"][finding] for finding in CXR_FINDINGS], tmp_path, question)
+    result = CxrFeedback(ensemble(), "served")(output)
+    # The reference returns the predictions and the instruction apart; the turn is both.
+    assert result.text == f"{run['text']}{run['instruction']}"
+
+
+def test_served_text_of_edge_values_equals_the_reference(shared):
+    for case in json.loads((shared / "golden/experts/cxr/expert_text.json").read_text())["format_made_up"]:
+        scores = {name: float(value) for name, value in case["predictions"].items()}
+        assert cxr_feedback(scores, "Q", "served").startswith(case["text"])
+
+
+def test_trained_turns_equal_the_training_data_byte_for_byte(shared, tmp_path):
+    folder = shared / "golden/data_eval/1_data_preparation/experts/cxr"
+    records = [
+        record
+        for part in ("train", "test")
+        for record in json.loads((folder / f"output/cxr_expert_{part}.json").read_text())
+    ]
+    assert records
+    for record in records:
+        scores = json.loads((folder / "input/pred" / f"{record['image']}.json").read_text())
+        expected = record["conversations"][2]["value"]
+        question = expected.split("this prompt:\n", 1)[1]
+        assert cxr_feedback(scores, question, "trained") == expected
+        if len(scores) == len(CXR_FINDINGS):
+            output = run_output([scores[finding] for finding in CXR_FINDINGS], tmp_path, question)
+            assert CxrFeedback(ensemble())(output).text == expected
+
+
+def test_feedback_carries_scores_and_chart_but_no_image_for_the_model(tmp_path):
+    result = CxrFeedback(ensemble())(run_output([0.9] + [0.1] * 17, tmp_path))
+    assert list(result.scores) == list(CXR_FINDINGS)
+    assert result.scores["Atelectasis"] == pytest.approx(0.9)
+    assert result.images == ()
+    assert result.label_map_path is None
+    assert result.notes == []
+    assert result.overlay_path == tmp_path / "cxr_scores.png"
+    assert Image.open(result.overlay_path).width > 100
+
+
+def test_findings_without_training_are_named_in_one_sentence(tmp_path):
+    network = ensemble([name for name in CXR_FINDINGS if name not in ("Hernia", "Pleural_Thickening")])
+    result = CxrFeedback(network)(run_output([0.0] * 18, tmp_path))
+    assert result.notes == [
+        "The loaded weights have no trained and calibrated head for pleural thickening, hernia; "
+        "a 'no' there is only a missing answer."
+    ]
+    assert "hernia: no\n" in result.text
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(UserError, match="unknown feedback_variant 'server'; valid: trained, served"):
+        CxrFeedback(ensemble(), "server")
+
+
+def test_request_is_one_picture():
+    assert expert_request(ExpertRequest(("a.png",))) == {"image": "a.png"}
+    with pytest.raises(UserError, match="CXR reads one frontal chest X-ray, but was given 2 images; give one"):
+        expert_request(ExpertRequest(("a.png", "b.png")))
