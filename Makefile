@@ -1,0 +1,53 @@
+# Commands for users and developers of the collection; `make` or `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A new bundle brings a new package, which the editable install must learn of.
+PACKAGES := $(wildcard */*/__init__.py bundles/*/*/__init__.py)
+# Two threads are as fast as many for the nano models, and leave the machine usable.
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow check format zips bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.packages  ## create .venv with pinned requirements and the packages of this checkout
+
+$(VENV)/.requirements: requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.requirements pyproject.toml setup.py $(PACKAGES)
+	$(BIN)/python -m pip install --no-deps --editable .
+	@touch $@
+
+demo: venv  ## ask the nano model about synthetic images; writes a report
+	$(BIN)/python -m vila_m3_composite.demo
+
+test: venv  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: venv  ## run the slow tests only
+	$(BIN)/python -m pytest -m slow
+
+check: venv  ## lint, format check and type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+zips: venv  ## pack every bundle into dist/, the Model Zoo way
+	$(BIN)/python -m vila_m3_common.package --output dist
+
+bench: venv  ## measure time and memory of the bundles
+	$(BIN)/python -m pytest -m bench -s
+
+clean:  ## remove caches and dist/; .venv stays
+	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
