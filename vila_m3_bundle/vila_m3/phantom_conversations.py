@@ -134,7 +134,7 @@ class ConversationMaker:
         """Make one conversation; everything random follows from ``seed``."""
         rng = random.Random(seed)
         makers: tuple[Callable[[random.Random], Sample], ...] = (self._ct, self._mri, self._cxr, self._other)
-        return rng.choices(makers, weights=(0.52, 0.12, 0.3, 0.06))[0](rng)
+        return rng.choices(makers, weights=(0.42, 0.06, 0.46, 0.06))[0](rng)
 
     def _draw(self, make: Callable[[random.Random], Question], rng: random.Random) -> Question:
         return draw(make, rng, self.held_out)

@@ -1,0 +1,1 @@
+"""VISTA3D as an expert of VILA-M3: class-prompted segmentation of CT."""

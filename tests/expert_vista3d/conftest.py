@@ -1,0 +1,28 @@
+"""What the tests of the CT expert share: its folder, and a small phantom with its label map."""
+
+from pathlib import Path
+
+import pytest
+
+import vista3d_expert
+from vila_m3_common.phantoms import ct_phantom, save_volume
+
+
+@pytest.fixture(scope="session")
+def bundle_root() -> Path:
+    return Path(vista3d_expert.__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def glue(shared: Path) -> Path:
+    return shared / "golden" / "experts" / "glue"
+
+
+@pytest.fixture(scope="session")
+def small_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom with hepatic tumours on a 40 x 36 x 32 grid of 8 mm: ``image.nii.gz`` and ``label.nii.gz``."""
+    phantom = ct_phantom(7101, tumors=["hepatic tumor"], shape=(40, 36, 32), spacing=8.0)
+    folder = tmp_path_factory.mktemp("small_case")
+    save_volume(phantom.image, phantom.affine, folder / "image.nii.gz")
+    save_volume(phantom.labels, phantom.affine, folder / "label.nii.gz")
+    return folder

@@ -1,0 +1,86 @@
+"""Phantoms or the user's list; items of validation and evaluation; the report."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from vila_m3_common.errors import UserError
+from vila_m3_common.phantoms import VolumePhantom
+from vista3d_expert import data
+from vista3d_expert.data import FIRST_SEEDS, evaluation_items, prepare_datalists, validation_items
+from vista3d_expert.report import SegmentationReport
+
+
+@pytest.fixture
+def drawn_seeds(monkeypatch, ct_phantom):
+    """Replace the phantom by one that is already drawn and remember the seeds."""
+    seeds = []
+
+    def draw(seed: int) -> VolumePhantom:
+        seeds.append(seed)
+        return ct_phantom
+
+    monkeypatch.setattr(data, "ct_phantom", draw)
+    return seeds
+
+
+def test_phantoms_are_written_once(tmp_path, drawn_seeds):
+    first = prepare_datalists(str(tmp_path), {"training": 2, "validation": 1})
+    again = prepare_datalists(str(tmp_path), {"training": 2, "validation": 1})
+    assert first == again
+    assert drawn_seeds == [FIRST_SEEDS["training"], FIRST_SEEDS["training"] + 1, FIRST_SEEDS["validation"]]
+
+
+def test_parts_never_share_a_seed_below_100000_phantoms():
+    assert sorted(FIRST_SEEDS.values()) == [0, 100_000, 200_000]
+
+
+def test_users_list_is_used_instead(tmp_path, small_case):
+    (tmp_path / "case").symlink_to(small_case)
+    case = {"image": "case/image.nii.gz", "label": "case/label.nii.gz"}
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": [case], "validation": [case]}))
+    lists = prepare_datalists(str(tmp_path), {"training": 99, "validation": 99})
+    assert lists["training"] == [{key: str((small_case / f"{key}.nii.gz").resolve()) for key in case}]
+
+
+@pytest.mark.parametrize(
+    ("datalist", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("{}", 'has no training cases; add "training"'),
+        ('{"training": ["a.nii.gz"]}', "holds the case 'a.nii.gz'; a case is"),
+        ('{"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}', "which does not exist; paths are relative to"),
+    ],
+)
+def test_unusable_list_says_what_to_write(tmp_path, datalist, message):
+    (tmp_path / "datalist.json").write_text(datalist)
+    with pytest.raises(UserError, match=re.escape(message)):
+        prepare_datalists(str(tmp_path), {"training": 1})
+
+
+def test_evaluation_prompts_every_case_with_every_argument():
+    items = evaluation_items([{"image": "a", "label": "b"}], ["hepatic tumor", "bone lesion"])
+    assert items == [
+        {"image": "a", "label": "b", "label_prompt": [1, 26], "argument": "hepatic tumor"},
+        {"image": "a", "label": "b", "label_prompt": [128], "argument": "bone lesion"},
+    ]
+
+
+def test_validation_prompts_everything_at_once():
+    (item,) = validation_items([{"image": "a", "label": "b"}], ["everything", "bone lesion"])
+    assert len(item["label_prompt"]) == 118
+
+
+def test_report_counts_dice_sensitivity_and_specificity(tmp_path, capsys):
+    report = SegmentationReport(str(tmp_path))
+    report.reset()
+    empty, tumor, elsewhere = torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4), torch.zeros(1, 4, 4, 4)
+    tumor[0, 0] = 26
+    elsewhere[0, 3] = 26
+    for prediction, truth in [(tumor, tumor), (elsewhere, tumor), (empty, empty), (tumor, empty)]:
+        report.add("hepatic tumor", [26], prediction, truth)
+    row = json.loads(report.write().read_text())["hepatic tumor"]["classes"]["hepatic tumor"]
+    assert row == {"dice": 0.5, "present_count": 2, "sensitivity": 0.5, "absent_count": 2, "specificity": 0.5}
+    assert "hepatic tumor: Dice 0.5, sensitivity 0.5 (2 cases), specificity 0.5 (2 cases)" in capsys.readouterr().out

@@ -1,0 +1,74 @@
+"""Prompts of a crop, the validation metric, the best weights."""
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+
+from vila_m3_common.weights import read_state_dict
+from vista3d_expert.labels import label_table
+from vista3d_expert.training import BestWeights, MeanLabelDice, PromptSampler, newest_checkpoint
+
+PRESENT = np.array([0, 1, 3, 26, 33])
+
+
+def test_prompts_hold_present_absent_and_always_the_tumors():
+    chosen = PromptSampler(absent_count=8).choose(PRESENT)
+    assert {1, 3, 33, *label_table().tumors} <= set(chosen.tolist())
+    assert 0 not in chosen
+    assert 8 <= len(set(chosen.tolist()) - set(PRESENT.tolist())) <= 11
+
+
+def test_absent_prompts_come_from_annotated_classes_only():
+    sampler = PromptSampler(annotated=[1, 3, 5, 14, 26])
+    for _ in range(20):
+        assert set(sampler.choose(PRESENT).tolist()) == {1, 3, 5, 14, 26}
+
+
+def test_parents_and_point_only_classes_are_never_prompted():
+    sampler = PromptSampler(absent_count=200)
+    assert not set(sampler.choose(PRESENT).tolist()) & {2, 16, 18, 20, 21, 129, 130, 131}
+
+
+def test_batch_becomes_one_mask_per_prompt():
+    labels = torch.zeros(1, 1, 4, 4, 4)
+    labels[..., 0], labels[..., 1] = 1, 26
+    batch = {"image": MetaTensor(torch.rand(1, 1, 4, 4, 4)), "label": MetaTensor(labels)}
+    image, masks, args, prompts = PromptSampler(absent_count=2)(batch, torch.device("cpu"))
+    vector = prompts["class_vector"]
+    assert image.shape == (1, 1, 4, 4, 4)
+    assert args == ()
+    assert masks.shape == (len(vector), 1, 4, 4, 4)
+    for label, mask in zip(vector[:, 0], masks, strict=True):
+        assert torch.equal(mask[0], (labels[0, 0] == label).float())
+
+
+def test_metric_averages_cases_first_and_classes_then():
+    metric = MeanLabelDice()
+    truth = torch.tensor([[1, 1, 0, 2]])
+    metric.update(([torch.tensor([[1, 1, 0, 2]])], [truth]))
+    metric.update(([torch.tensor([[1, 1, 0, 0]])], [truth]))
+    assert metric.compute() == pytest.approx((1.0 + 0.5) / 2)
+
+
+def test_only_better_weights_are_written(tmp_path):
+    network, path = torch.nn.Linear(1, 1, bias=False), tmp_path / "model.safetensors"
+    engine = Engine(lambda engine, batch: None)
+    best = BestWeights(network, str(path), "dice")
+    for weight, value in [(1.0, 0.3), (2.0, 0.5), (3.0, 0.4)]:
+        network.weight.data.fill_(weight)
+        engine.state.metrics = {"dice": value}
+        best(engine)
+    assert read_state_dict(path)["weight"].item() == 2.0
+    resumed = BestWeights(network, str(path), "dice")
+    resumed.load_state_dict(best.state_dict())
+    resumed(engine)
+    assert read_state_dict(path)["weight"].item() == 2.0
+
+
+def test_newest_checkpoint_is_the_one_of_the_latest_epoch(tmp_path):
+    assert newest_checkpoint(str(tmp_path)) is None
+    for epoch in (2, 10, 9):
+        (tmp_path / f"training_checkpoint_epoch={epoch}.pt").touch()
+    assert newest_checkpoint(str(tmp_path)).name == "training_checkpoint_epoch=10.pt"

@@ -1,0 +1,72 @@
+"""Prompt of the item, resampling beside text, small tumours."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+
+from vila_m3_common.errors import UserError
+from vista3d_expert.transforms import ReadPromptd, RemoveSmallTumorsd, SpacingBesideTextd
+
+
+def label_map(labels, spacing=2.0):
+    return MetaTensor(torch.from_numpy(labels)[None], affine=torch.diag(torch.tensor([spacing] * 3 + [1.0])))
+
+
+def test_prompt_becomes_one_json_string():
+    assert ReadPromptd()({"label_prompt": ["liver", 26]}) == {"label_prompt": "[1, 26]"}
+
+
+def test_item_without_prompt_gets_everything():
+    assert len(json.loads(ReadPromptd()({})["label_prompt"])) == 117
+
+
+def test_prompt_written_once_is_read_again():
+    once = ReadPromptd()({"label_prompt": [2]})
+    assert ReadPromptd()(once) == once
+
+
+def test_unknown_class_in_an_item_is_a_user_error():
+    with pytest.raises(UserError, match="did you mean 'spleen'"):
+        ReadPromptd()({"label_prompt": "spleeen"})
+
+
+def test_resampling_leaves_plain_text_entries_alone(tmp_path):
+    path = tmp_path / "ct.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((6, 6, 6), np.float32), np.diag([2.0, 2, 2, 1])), path)
+    image = LoadImage(ensure_channel_first=True)(path)
+    item = SpacingBesideTextd("image", pixdim=(1.0, 1.0, 1.0))({"image": image, "image_path": str(path)})
+    assert item["image"].shape == (1, 11, 11, 11)
+    assert item["image_path"] == str(path)
+
+
+def test_small_tumor_takes_the_label_around_it():
+    labels = np.ones((12, 12, 12), np.uint8)
+    labels[1, 1, 1] = 26
+    labels[4:8, 4:8, 4:8] = 26
+    item = {"pred": label_map(labels), "image": label_map(labels)}
+    filtered = RemoveSmallTumorsd("pred", min_volume_ml=0.1)(item)["pred"]
+    assert filtered[0, 1, 1, 1] == 1
+    assert (filtered == 26).sum() == 64
+
+
+def test_tumor_volume_is_measured_in_ml():
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[1:3, 1:3, 1:3] = 23  # 8 voxels
+    at_2_mm = {"pred": label_map(labels, 2.0), "image": label_map(labels, 2.0)}
+    at_4_mm = {"pred": label_map(labels, 4.0), "image": label_map(labels, 4.0)}
+    transform = RemoveSmallTumorsd("pred", min_volume_ml=0.1)
+    assert (transform(at_2_mm)["pred"] == 23).sum() == 0
+    assert (transform(at_4_mm)["pred"] == 23).sum() == 8
+
+
+def test_organs_and_zero_threshold_are_left_alone():
+    labels = np.zeros((6, 6, 6), np.uint8)
+    labels[0, 0, 0], labels[3, 3, 3] = 1, 26
+    item = {"pred": label_map(labels), "image": label_map(labels)}
+    assert (RemoveSmallTumorsd("pred", min_volume_ml=0)(item)["pred"][0].numpy() == labels).all()
+    assert (RemoveSmallTumorsd("pred", min_volume_ml=9)(item)["pred"] == 1).sum() == 1

@@ -1,0 +1,203 @@
+"""The configs: properties, hooks, inference, training with resumption, evaluation, from any folder."""
+
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
+
+from vila_m3_common.expert import ExpertRequest
+from vila_m3_common.hooks import BundleExpert
+from vila_m3_common.phantoms import ct_phantom, save_volume
+from vista3d_expert.training import newest_checkpoint
+
+TINY = {
+    "device": "cpu",
+    "amp": False,
+    "spacing": 8.0,
+    "roi_size": [24, 24, 24],
+    "min_crop_size": [16, 16, 16],
+    "max_crop_size": [24, 24, 24],
+    "epochs": 2,
+    "val_interval": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def expert(bundle_root):
+    opened = BundleExpert(bundle_root, {"device": "cpu"})
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def dataset_dir(small_case, tmp_path):
+    """A user's own data set: one phantom in all parts."""
+    (tmp_path / "case").symlink_to(small_case)
+    cases = [{"image": "case/image.nii.gz", "label": "case/label.nii.gz"}]
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": cases * 2, "validation": cases, "testing": cases}))
+    return tmp_path
+
+
+def open_workflow(bundle_root, names, workflow_type, **overrides):
+    return create_workflow(
+        config_file=[str(bundle_root / "configs" / name) for name in names],
+        meta_file=str(bundle_root / "configs" / "metadata.json"),
+        workflow_type=workflow_type,
+        logging_file=False,
+        **overrides,
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "workflow_type"),
+    [(["inference.json"], "infer"), (["train.json"], "train"), (["train.json", "evaluate.json"], "train")],
+)
+def test_monai_finds_its_properties(bundle_root, dataset_dir, tmp_path, names, workflow_type):
+    overrides = {"device": "cpu", "dataset_dir": str(dataset_dir)}
+    if workflow_type == "train":
+        overrides["ckpt_dir"] = str(tmp_path / "ckpt")
+    workflow = open_workflow(bundle_root, names, workflow_type, **overrides)
+    assert workflow.check_properties() == []
+
+
+def test_card_stands_in_the_trained_cards(expert, shared):
+    benchmarks = json.loads((shared / "golden/data_eval/benchmarks.json").read_text())
+    lines = benchmarks["model_list_texts"]["training_and_report"].split("\n")
+    assert expert.card.render() in lines
+    assert expert.card.study_modality == "CT"
+    assert expert.card.report_ends_turn
+
+
+def test_full_size_preprocessing_equals_the_recorded_input(bundle_root, shared):
+    parser = ConfigParser()
+    parser.read_config([str(bundle_root / "configs" / name) for name in ("inference.json", "size_full.json")])
+    folder = shared / "golden/experts/vista3d"
+    item = parser.get_parsed_content("preprocessing")({"image": str(folder / "inputs/ct_crop.nii.gz")})
+    assert item["image"].shape == (1, 127, 127, 95)
+    recorded = np.load(folder / "preprocessed_stride8_f32.npz")["x"]
+    assert np.abs(item["image"].numpy()[:, ::8, ::8, ::8] - recorded).max() < 1e-4
+
+
+def test_tumor_of_an_unseen_phantom_is_found(expert, tmp_path):
+    phantom = ct_phantom(300_001, tumors=["hepatic tumor"])
+    path = save_volume(phantom.image, phantom.affine, tmp_path / "ct.nii.gz")
+    result = expert.run(ExpertRequest((str(path),), "hepatic tumor", slice_index=44, output_dir=str(tmp_path)))
+    labels = np.asarray(nib.load(result.label_map_path).dataobj)
+    assert set(np.unique(labels)) == {0, 1, 26}
+    for label in (1, 26):
+        found, true = labels == label, phantom.labels == label
+        assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.6
+    assert {row["name"] for row in result.measurements} == {"liver", "hepatic tumor"}
+    assert any(note.startswith("hepatic tumor is largest in axial slice") for note in result.notes)
+
+
+def test_output_has_the_geometry_of_an_oblique_anisotropic_input(expert, tmp_path):
+    phantom = ct_phantom(300_003, tumors=[], shape=(40, 36, 32), spacing=8.0)
+    turned = np.flip(np.transpose(phantom.image, (2, 0, 1)), axis=1).copy()  # stored as S, L, A
+    affine = np.array([[0, -8.0, 0, 150], [0, 0, 8.0, -140], [8.0, 0, 0, -120], [0, 0, 0, 1]])
+    path = save_volume(turned, affine, tmp_path / "turned.nii.gz")
+    result = expert.run(ExpertRequest((str(path),), "organs", output_dir=str(tmp_path)))
+    labels = nib.load(result.label_map_path)
+    assert labels.shape == turned.shape
+    np.testing.assert_allclose(labels.affine, affine)
+    lungs = np.isin(np.asarray(labels.dataobj), (29, 32))
+    assert turned[lungs].mean() < -700
+
+
+def test_items_with_an_image_path_as_monai_label_gives_them_run(expert, small_case, tmp_path):
+    expert.workflow.dataset.data[0] = {
+        "image": str(small_case / "image.nii.gz"),
+        "image_path": str(small_case / "image.nii.gz"),
+        "label_prompt": "['spleen']",
+    }
+    expert.workflow.run()
+    assert set(np.unique(expert.workflow.evaluator.state.output[0]["pred"])) <= {0, 3}
+
+
+def test_nano_network_fits_the_metadata(bundle_root):
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(bundle_root / "configs" / "metadata.json"),
+        config_file=str(bundle_root / "configs" / "inference.json"),
+        device="cpu",
+        n=2,
+        extra_forward_args={"class_vector": torch.tensor([[26]])},
+    )
+
+
+def test_training_writes_weights_and_goes_on_after_a_kill(bundle_root, dataset_dir, tmp_path):
+    paths = {
+        "dataset_dir": str(dataset_dir),
+        "ckpt_dir": str(tmp_path / "ckpt"),
+        "checkpoint_out": str(tmp_path / "nano.safetensors"),
+    }
+    first = open_workflow(bundle_root, ["train.json"], "train", **TINY, **paths)
+    first.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), first.trainer.terminate)
+    first.run()
+    assert newest_checkpoint(paths["ckpt_dir"]).name == "training_checkpoint_epoch=1.pt"
+    assert (tmp_path / "nano.safetensors").is_file()
+    second = open_workflow(bundle_root, ["train.json"], "train", **TINY, **paths)
+    epochs = []
+    second.trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: epochs.append(engine.state.epoch))
+    second.run()
+    assert epochs == [2]
+    assert newest_checkpoint(paths["ckpt_dir"]).name == "training_checkpoint_epoch=2.pt"
+
+
+def test_complete_training_is_not_repeated(bundle_root, dataset_dir, tmp_path, capsys):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "training_checkpoint_epoch=2.pt").touch()
+    open_workflow(
+        bundle_root, ["train.json"], "train", **TINY, dataset_dir=str(dataset_dir), ckpt_dir=str(tmp_path / "ckpt")
+    ).run()
+    assert "training is complete (2 epochs); to train anew remove" in capsys.readouterr().out
+
+
+def test_evaluation_writes_metrics_per_argument_and_class(bundle_root, dataset_dir, tmp_path):
+    open_workflow(
+        bundle_root,
+        ["train.json", "evaluate.json"],
+        "train",
+        device="cpu",
+        spacing=8.0,
+        roi_size=[40, 40, 40],
+        dataset_dir=str(dataset_dir),
+        output_dir=str(tmp_path / "eval"),
+        arguments=["hepatic tumor", "bone lesion"],
+    ).run()
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert set(metrics) == {"hepatic tumor", "bone lesion"}
+    assert metrics["hepatic tumor"]["classes"]["hepatic tumor"]["present_count"] == 1
+    assert metrics["bone lesion"]["classes"]["bone lesion"]["absent_count"] == 1
+
+
+def run_command(bundle_root, folder, *arguments):
+    command = [sys.executable, "-m", "monai.bundle", "run"]
+    config = ["--config_file", str(bundle_root / "configs" / "inference.json"), "--device", "cpu"]
+    return subprocess.run(
+        [*command, *config, *arguments], cwd=folder, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+def test_command_runs_from_another_folder(bundle_root, ct_file, tmp_path):
+    prompt = ["--label_prompt", "['liver','hepatic tumor']"]
+    done = run_command(bundle_root, tmp_path, "--image", str(ct_file), *prompt, "--output_dir", "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The results are <image>. The colors in this image describe red: liver" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "result.json",
+        "vista3d_labels.nii.gz",
+        "vista3d_overlay.png",
+    ]
+
+
+def test_command_ends_with_one_line_for_an_unknown_class(bundle_root, ct_file, tmp_path):
+    done = run_command(bundle_root, tmp_path, "--image", str(ct_file), "--label_prompt", "livr", "--output_dir", "out")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown VISTA3D class 'livr'; did you mean 'liver'?")
