@@ -17,7 +17,11 @@ QUESTION = "Is there a tumor?"
 
 def read_cases(glue):
     cases = json.loads((glue / "glue.json").read_text())["ct"]
-    return {name: case for name, case in cases.items() if case.get("label_file") and "text_all_groups" in case}
+    return {
+        name: case
+        for name, case in cases.items()
+        if isinstance(case, dict) and {"label_file", "text_all_groups"} <= set(case)
+    }
 
 
 def feedback_for(case, glue, folder, variant="trained"):
