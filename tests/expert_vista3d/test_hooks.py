@@ -97,7 +97,7 @@ def test_label_prompt_overrides_the_argument(ct_file):
 
 
 def test_unknown_argument_is_a_user_error(ct_file):
-    with pytest.raises(UserError, match="unknown VISTA3D argument 'liver tumor'; did you mean 'hepatic tumor'"):
+    with pytest.raises(UserError, match="unknown VISTA3D argument 'liver tumor'; did you mean 'lung tumor'"):
         Vista3dRequest()(ExpertRequest((str(ct_file),), argument="liver tumor"))
 
 

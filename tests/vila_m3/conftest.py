@@ -52,8 +52,8 @@ def model() -> VilaM3:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(maker: ConversationMaker) -> Any:
-    return start_tokenizer(None, maker, 1024, "llama_3")
+def tokenizer(maker: ConversationMaker, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return start_tokenizer(None, maker, 1024, "llama_3", str(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""The whole system on 30 phantoms of each modality, asked in wordings that training never saw."""
+"""The whole system on 30 phantoms of each modality, asked in wordings that training never saw.
+
+The aim of 95 % is not reached by the nano weights of 0.1.0; the figures stand in the docs of the composite.
+"""
 
 import json
 from collections.abc import Callable
@@ -8,6 +11,8 @@ from typing import Any
 import pytest
 
 from vila_m3_composite.evaluation import run_evaluation
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -39,14 +39,24 @@ def start_model(config: Mapping[str, Any], checkpoint: str | None, device: str |
     return build_model(dict(config)).to(device)
 
 
-def start_tokenizer(checkpoint: str | None, maker: ConversationMaker, vocabulary_size: int, template: str) -> Tokenizer:
-    """Return the checkpoint's tokenizer, or train a small one on conversations of the maker."""
+def start_tokenizer(
+    checkpoint: str | None, maker: ConversationMaker, vocabulary_size: int, template: str, ckpt_dir: str
+) -> Tokenizer:
+    """Return the checkpoint's tokenizer, or train a small one on conversations of the maker.
+
+    A new one is kept in ``ckpt_dir``, where a resumed training finds it: the embeddings it learnt belong to
+    these tokens, and another mixture of conversations would give others.
+    """
     if checkpoint:
         return load_tokenizer(Path(checkpoint) / "llm")
+    if (Path(ckpt_dir) / "tokenizer.json").is_file():
+        return load_tokenizer(ckpt_dir)
     texts = (render(maker(seed).conversation, get_template(template)).text for seed in range(3000))
     tokenizer = train_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
     if tokenizer.get_vocab_size() > vocabulary_size:
         raise UserError(f"the tokenizer needs {tokenizer.get_vocab_size()} tokens, the model has {vocabulary_size}")
+    Path(ckpt_dir).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(Path(ckpt_dir) / "tokenizer.json"))
     return tokenizer
 
 
