@@ -59,7 +59,7 @@ class PromptInferer(Inferer):
         self.progress = progress
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, inputs: torch.Tensor, network: VISTA3D, label_ids: Sequence[int], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Return the label map of one volume.

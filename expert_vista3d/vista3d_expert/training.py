@@ -57,7 +57,7 @@ class PromptSampler:
         return np.unique(np.concatenate(chosen))
 
     def __call__(
-        self, batch: Mapping[str, torch.Tensor], device: torch.device, non_blocking: bool = False, **kwargs: Any
+        self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, torch.Tensor]]:
         """Return image ``(1, 1, X, Y, Z)``, masks ``(K, 1, X, Y, Z)``, and ``class_vector`` ``(K, 1)``."""
         image = batch["image"].as_tensor().to(device, non_blocking=non_blocking)
@@ -73,7 +73,7 @@ class CropInferer(Inferer):
     def __init__(self, amp: bool = False) -> None:
         self.amp = amp
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, inputs: torch.Tensor, network: VISTA3D, class_vector: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Return float32 logits ``(K, 1, X, Y, Z)``."""

@@ -160,7 +160,7 @@ def test_full_size_network_can_be_fine_tuned(bundle_root, datalist_dir, tmp_path
         bundle_root,
         ["train.json", "size_full.json"],
         "train",
-        **{**TINY, "epochs": 1, "spacing": None, "learning_rate": 1e-6},
+        **{**TINY, "epochs": 1, "spacing": "$None", "learning_rate": 1e-6},
         dataset_dir=str(datalist_dir),
         ckpt_dir=str(tmp_path / "ckpt"),
         checkpoint_out=str(tmp_path / "tuned.safetensors"),
