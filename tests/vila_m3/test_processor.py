@@ -47,6 +47,17 @@ def test_only_assistant_turns_are_supervised_to_their_end(processor: Processor) 
     assert torch.equal(encoded.labels[kept], encoded.input_ids[kept])
 
 
+def test_generation_starts_from_the_tokens_of_training(processor: Processor, maker: ConversationMaker) -> None:
+    """What stands before a reply is tokenized the same with the reply behind it and without."""
+    for seed in range(40):
+        conversation = maker(seed).conversation
+        trained = processor(conversation).input_ids
+        while conversation.turns:
+            if conversation.turns.pop().role == "assistant":
+                asked = processor(conversation).input_ids
+                assert torch.equal(asked, trained[: len(asked)])
+
+
 def test_conversations_of_every_kind_fit_the_model(processor: Processor, maker: ConversationMaker) -> None:
     for seed in range(60):
         conversation = maker(seed).conversation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vila_m3_common.anatomy import NAMES
 from vila_m3_common.chat_template import TEMPLATES
@@ -18,6 +18,12 @@ SPECIAL_TOKENS = (
     "<|end_header_id|>",
     "<|eot_id|>",
     "[PAD]",
+)
+# How Llama 3 cuts text before merging. Line ends are a piece of their own, so the prefix of a reply has the same
+# tokens with the reply behind it (training) and without (generation).
+LLAMA_3_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -46,7 +52,12 @@ def train_tokenizer(texts: Iterable[str], cards: str, vocabulary_size: int = 204
     """
     phrases = fixed_phrases(cards)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA_3_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size - len(phrases),

@@ -134,7 +134,7 @@ class ConversationMaker:
         """Make one conversation; everything random follows from ``seed``."""
         rng = random.Random(seed)
         makers: tuple[Callable[[random.Random], Sample], ...] = (self._ct, self._mri, self._cxr, self._other)
-        return rng.choices(makers, weights=(0.42, 0.06, 0.46, 0.06))[0](rng)
+        return rng.choices(makers, weights=(0.40, 0.10, 0.42, 0.08))[0](rng)
 
     def _draw(self, make: Callable[[random.Random], Question], rng: random.Random) -> Question:
         return draw(make, rng, self.held_out)
@@ -251,7 +251,7 @@ class ConversationMaker:
             return Sample(conversation, "CXR", kind)
         conversation.add("expert", prompts.cxr_feedback(scores, question.text, "trained"))
         conversation.add("assistant", _cxr_reply(question, scores))
-        for _ in range(rng.choice((0, 1, 3, 5))):
+        for _ in range(rng.choice((0, 2, 5, 8))):
             question = self._cxr_question(rng.choices(("finding", "describe"), weights=(0.85, 0.15))[0], rng)
             conversation.add("user", question.text)
             conversation.add("assistant", _cxr_reply(question, scores))
