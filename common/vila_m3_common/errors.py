@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -30,9 +32,35 @@ def exits_with_message(function: Callable[P, R]) -> Callable[P, R]:
             cause = find_user_error(error)
             if cause is None:
                 raise
-            raise SystemExit(f"error: {' '.join(str(cause).split())}") from None
+            raise SystemExit(_one_line(cause)) from None
 
     return wrapper
+
+
+def report_user_errors() -> None:
+    """Print an uncaught :class:`UserError` as ``error: ...`` without a traceback, until the process ends.
+
+    For the ``initialize`` of a bundle's configs: MONAI builds what the ``run`` expressions refer to before
+    it calls them, so nothing that ``run`` calls can catch, say, missing weights.
+    """
+    if sys.excepthook is not _excepthook:
+        global _previous_excepthook
+        _previous_excepthook, sys.excepthook = sys.excepthook, _excepthook
+
+
+_previous_excepthook = sys.__excepthook__
+
+
+def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    cause = find_user_error(error)
+    if cause is None:
+        _previous_excepthook(kind, error, traceback)
+    else:
+        print(_one_line(cause), file=sys.stderr)
+
+
+def _one_line(error: UserError) -> str:
+    return f"error: {' '.join(str(error).split())}"
 
 
 def find_user_error(error: BaseException | None) -> UserError | None:

@@ -21,22 +21,37 @@ from vila_m3_common.weights import save_weights
 from .labels import label_table
 
 
+def label_ratios(tumor_ratio: float) -> list[float]:
+    """Return how often crops are centred on each label, for MONAI's ``RandCropByLabelClasses``.
+
+    Args:
+        tumor_ratio: a tumour is chosen this many times as often as an organ or the background; small
+            and rare, it is hardly ever in a crop chosen blindly.
+
+    Returns:
+        one number per label, from 0 (background) to the last class id with a prompt.
+    """
+    table = label_table()
+    return [tumor_ratio if label in table.tumors else 1.0 for label in range(max(table.promptable()) + 1)]
+
+
 class PromptSampler:
     """Chooses class prompts for a crop and makes their masks; a ``prepare_batch`` of MONAI's trainers.
 
-    Prompted are classes of the crop, always the tumour classes, and absent classes, so that a prompt
-    for something that is not there learns to stay empty.
+    Prompted are classes of the crop, its tumours always, and absent classes, one of them a tumour, so
+    that a prompt for something that is not there learns to stay empty. More absent tumours would drown
+    the rare present ones.
 
     Args:
-        present_count: at most this many classes of the crop.
-        absent_count: this many other classes.
+        present_count: at most this many classes of the crop beside the tumours.
+        absent_count: this many classes that are not in the crop.
         annotated: ids that the label maps would show if they were there; None means all classes with
             a class prompt. Absent prompts are drawn from these only.
         seed: of the choice.
     """
 
     def __init__(
-        self, present_count: int = 16, absent_count: int = 8, annotated: Sequence[int] | None = None, seed: int = 0
+        self, present_count: int = 16, absent_count: int = 4, annotated: Sequence[int] | None = None, seed: int = 0
     ) -> None:
         table = label_table()
         self.annotated = np.array(table.promptable() if annotated is None else annotated)
@@ -50,8 +65,9 @@ class PromptSampler:
         present = np.intersect1d(present, self.annotated)
         absent = np.setdiff1d(self.annotated, present)
         chosen = [
-            self.tumors,
+            np.intersect1d(present, self.tumors),
             self.rng.permutation(present)[: self.present_count],
+            self.rng.permutation(np.intersect1d(absent, self.tumors))[:1],
             self.rng.permutation(absent)[: self.absent_count],
         ]
         return np.unique(np.concatenate(chosen))

@@ -1,6 +1,14 @@
+import sys
+
 import pytest
 
-from vila_m3_common.errors import UserError, exits_with_message, find_user_error, near_match_hint
+from vila_m3_common.errors import (
+    UserError,
+    exits_with_message,
+    find_user_error,
+    near_match_hint,
+    report_user_errors,
+)
 
 
 def fail_with(error: Exception) -> None:
@@ -39,3 +47,16 @@ def test_the_result_passes_through() -> None:
 )
 def test_a_near_match_is_offered(given: str, hint: str) -> None:
     assert near_match_hint(given, ["everything", "hepatic tumor", "organs"]) == hint
+
+
+def test_an_uncaught_users_error_is_printed_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: print("traceback", file=sys.stderr))
+    report_user_errors()
+    report_user_errors()
+    wrapped = RuntimeError("Failed to instantiate")
+    wrapped.__cause__ = UserError("weights x.pt do not exist;\n give others")
+    sys.excepthook(RuntimeError, wrapped, None)
+    sys.excepthook(KeyError, KeyError("no user's fault"), None)
+    assert capsys.readouterr().err == "error: weights x.pt do not exist; give others\ntraceback\n"

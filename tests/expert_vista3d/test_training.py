@@ -8,16 +8,30 @@ from monai.data import MetaTensor
 
 from vila_m3_common.weights import read_state_dict
 from vista3d_expert.labels import label_table
-from vista3d_expert.training import BestWeights, MeanLabelDice, PromptSampler, newest_checkpoint
+from vista3d_expert.training import BestWeights, MeanLabelDice, PromptSampler, label_ratios, newest_checkpoint
 
 PRESENT = np.array([0, 1, 3, 26, 33])
 
 
-def test_prompts_hold_present_absent_and_always_the_tumors():
-    chosen = PromptSampler(absent_count=8).choose(PRESENT)
-    assert {1, 3, 33, *label_table().tumors} <= set(chosen.tolist())
-    assert 0 not in chosen
-    assert 8 <= len(set(chosen.tolist()) - set(PRESENT.tolist())) <= 11
+def test_prompts_hold_present_classes_and_absent_ones_with_a_tumor():
+    for _ in range(10):
+        chosen = set(PromptSampler(absent_count=8).choose(PRESENT).tolist())
+        absent = chosen - set(PRESENT.tolist())
+        assert chosen - absent == {1, 3, 26, 33}
+        assert 8 <= len(absent) <= 9
+        assert absent & set(label_table().tumors)
+
+
+def test_a_tumor_of_the_crop_is_always_prompted():
+    sampler = PromptSampler(present_count=1)
+    assert all(26 in sampler.choose(PRESENT) for _ in range(20))
+
+
+def test_crops_are_centred_on_tumors_more_often():
+    ratios = label_ratios(15)
+    assert len(ratios) == 133
+    assert {label for label, ratio in enumerate(ratios) if ratio == 15} == set(label_table().tumors)
+    assert ratios[0] == ratios[1] == 1
 
 
 def test_absent_prompts_come_from_annotated_classes_only():

@@ -21,8 +21,6 @@ TINY = {
     "amp": False,
     "spacing": 8.0,
     "roi_size": [24, 24, 24],
-    "min_crop_size": [16, 16, 16],
-    "max_crop_size": [24, 24, 24],
     "epochs": 2,
     "val_interval": 1,
 }

@@ -134,7 +134,7 @@ class ConversationMaker:
         """Make one conversation; everything random follows from ``seed``."""
         rng = random.Random(seed)
         makers: tuple[Callable[[random.Random], Sample], ...] = (self._ct, self._mri, self._cxr, self._other)
-        return rng.choices(makers, weights=(0.40, 0.10, 0.42, 0.08))[0](rng)
+        return rng.choices(makers, weights=(0.36, 0.08, 0.49, 0.07))[0](rng)
 
     def _draw(self, make: Callable[[random.Random], Question], rng: random.Random) -> Question:
         return draw(make, rng, self.held_out)
@@ -240,7 +240,7 @@ class ConversationMaker:
         scores = random_scores(drawn, rng)
         conversation = Conversation()
         kind = rng.choices(("finding", "describe", "modality"), weights=(0.7, 0.22, 0.08))[0]
-        question = self._cxr_question(kind, rng)
+        question = self._cxr_question(kind, scores, rng)
         self._ask(conversation, "CXR", question.text, [grey_to_rgb(grey)], True)
         if kind == "modality":
             conversation.add("assistant", MODALITY_REPLIES["CXR"])
@@ -252,14 +252,17 @@ class ConversationMaker:
         conversation.add("expert", prompts.cxr_feedback(scores, question.text, "trained"))
         conversation.add("assistant", _cxr_reply(question, scores))
         for _ in range(rng.choice((0, 2, 5, 8))):
-            question = self._cxr_question(rng.choices(("finding", "describe"), weights=(0.85, 0.15))[0], rng)
+            question = self._cxr_question(rng.choices(("finding", "describe"), weights=(0.85, 0.15))[0], scores, rng)
             conversation.add("user", question.text)
             conversation.add("assistant", _cxr_reply(question, scores))
         return Sample(conversation, "CXR", kind)
 
-    def _cxr_question(self, kind: str, rng: random.Random) -> Question:
+    def _cxr_question(self, kind: str, scores: dict[str, float], rng: random.Random) -> Question:
+        # Half of the questions are about findings that are there; of 18 drawn blindly most are not.
+        positive = [name for name, score in scores.items() if score > 0.5]
+        asked = rng.choice((positive, [name for name in scores if name not in positive])) or list(scores)
         makers = {
-            "finding": cxr_finding,
+            "finding": lambda generator: cxr_finding(generator, asked),
             "describe": from_table("cxr_describe", "describe"),
             "modality": from_table("modality", "modality"),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,10 +88,10 @@ def ct_segment(rng: random.Random) -> Question:
     return Question(text, "segment", argument, reply=f"I {past} {what} using <VISTA3D({argument})>.")
 
 
-def cxr_finding(rng: random.Random) -> Question:
-    """Ask for one of the 18 findings."""
+def cxr_finding(rng: random.Random, asked: Sequence[str] | None = None) -> Question:
+    """Ask for one of the 18 findings, or of those ``asked``."""
     findings = tables()["cxr_findings"]
-    finding = rng.choice(list(findings))
+    finding = rng.choice(list(asked or findings))
     text = rng.choice(tables()["cxr_frames"]).format(what=rng.choice(findings[finding]))
     return Question(text, "finding", finding, finding)
 
