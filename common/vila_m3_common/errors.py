@@ -40,8 +40,9 @@ def exits_with_message(function: Callable[P, R]) -> Callable[P, R]:
 def report_user_errors() -> None:
     """Print an uncaught :class:`UserError` as ``error: ...`` without a traceback, until the process ends.
 
-    For the ``initialize`` of a bundle's configs: MONAI builds what the ``run`` expressions refer to before
-    it calls them, so nothing that ``run`` calls can catch, say, missing weights.
+    The first ``run`` expression of a bundle's configs: MONAI builds what the next one refers to before it
+    calls it, so nothing that ``run`` calls can catch, say, missing weights. (``initialize`` would be too
+    early: the bundle's root is not on ``sys.path`` yet.)
     """
     if sys.excepthook is not _excepthook:
         global _previous_excepthook
