@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vila_m3_common.anatomy import NAMES
@@ -27,6 +28,16 @@ LLAMA_3_PIECES = (
 )
 
 
+FINDINGS = tuple(finding.lower().replace("_", " ") for finding in CXR_FINDINGS)
+
+
+def compound_phrases() -> dict[str, tuple[str, str]]:
+    """Return the phrases that say one thing of another, with these two parts: a legend's entry, a prediction's line."""
+    legend = {f": {name}": (":", name) for name in NAMES.values()}
+    predictions = {f"{finding}: {answer}\n": (finding, answer) for finding in FINDINGS for answer in ("yes", "no")}
+    return legend | predictions
+
+
 def fixed_phrases(cards: str) -> list[str]:
     """Return what every conversation repeats, one token each: a conversation then has dozens of tokens, not hundreds.
 
@@ -36,10 +47,24 @@ def fixed_phrases(cards: str) -> list[str]:
     """
     system = TEMPLATES["llama_3"].system.split("<|end_header_id|>\n\n")[1].removesuffix("<|eot_id|>")
     lines = [line for line in cards.split("\n") if line]
-    structures = [phrase for name in NAMES.values() for phrase in (name, f": {name}")]
-    findings = [finding.lower().replace("_", " ") for finding in CXR_FINDINGS]
-    predictions = [f"{finding}: {answer}\n" for finding in findings for answer in ("yes", "no")]
-    return [system, *lines, *dict.fromkeys([*structures, *findings, *predictions, *COLOR_CYCLE])]
+    return [system, *lines, *dict.fromkeys([*NAMES.values(), *FINDINGS, *compound_phrases(), *COLOR_CYCLE])]
+
+
+def relate_phrases(embeddings: torch.nn.Embedding, tokenizer: Tokenizer) -> None:
+    """Give compound phrases the sum of their parts' embeddings to start from.
+
+    "edema: yes" is then near "edema" from the first step. Otherwise the model would have to find out for every
+    single finding that the two tokens have to do with each other before it could look a finding up.
+
+    Args:
+        embeddings: of a new model, ``(vocabulary, hidden)``; changed in place.
+        tokenizer: its tokenizer.
+    """
+    weight = embeddings.weight.data
+    for phrase, parts in compound_phrases().items():
+        (token,) = tokenizer.encode(phrase, add_special_tokens=False).ids
+        ids = [tokenizer.encode(part, add_special_tokens=False).ids[0] for part in parts]
+        weight[token] = weight[ids].sum(dim=0) / len(ids) ** 0.5
 
 
 def train_tokenizer(texts: Iterable[str], cards: str, vocabulary_size: int = 2048) -> Tokenizer:

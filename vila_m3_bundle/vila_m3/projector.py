@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ class MultimodalProjector(nn.Module):
     """Vision tokens -> LLM embeddings; parameter names are those of the released ``mm_projector`` files.
 
     Args:
-        kind: ``mlp_downsample`` (released models) or ``linear``.
+        kind: ``mlp_downsample`` (released VILA-M3), ``linear``, ``mlp2x_gelu``, ``mlp3x_gelu`` and so on.
         vision_size: channels of a vision token.
         hidden_size: width of the LLM.
 
@@ -44,18 +46,7 @@ class MultimodalProjector(nn.Module):
     def __init__(self, kind: str, vision_size: int, hidden_size: int) -> None:
         super().__init__()
         self.kind = kind
-        if kind == "mlp_downsample":
-            self.layers: nn.Module = nn.Sequential(
-                SpaceToDepth(),
-                nn.LayerNorm(4 * vision_size, eps=1e-5),
-                nn.Linear(4 * vision_size, hidden_size),
-                nn.GELU(),
-                nn.Linear(hidden_size, hidden_size),
-            )
-        elif kind == "linear":
-            self.layers = nn.Linear(vision_size, hidden_size)
-        else:
-            raise UserError(f"unknown projector type {kind!r}; valid: mlp_downsample, linear")
+        self.layers = _build_layers(kind, vision_size, hidden_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """``(N, T, vision_size)`` -> ``(N, T', hidden_size)``."""
@@ -66,3 +57,23 @@ class MultimodalProjector(nn.Module):
         if self.kind != "mlp_downsample":
             return vision_token_count
         return ((round(vision_token_count**0.5) + 1) // 2) ** 2
+
+
+def _build_layers(kind: str, vision_size: int, hidden_size: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(vision_size, hidden_size)
+    if kind == "mlp_downsample":
+        return nn.Sequential(
+            SpaceToDepth(),
+            nn.LayerNorm(4 * vision_size, eps=1e-5),
+            nn.Linear(4 * vision_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+    depth = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if depth is None:
+        raise UserError(f"unknown projector type {kind!r}; valid: linear, mlp2x_gelu, mlp3x_gelu, mlp_downsample")
+    layers: list[nn.Module] = [nn.Linear(vision_size, hidden_size)]
+    for _ in range(1, int(depth[1])):
+        layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+    return nn.Sequential(*layers)

@@ -18,7 +18,7 @@ from vila_m3_common.chat_template import get_template, render
 from vila_m3_common.errors import UserError
 
 from .model import IGNORED_LABEL, VilaM3, build_model, load_model, save_model
-from .nano_tokenizer import train_tokenizer
+from .nano_tokenizer import relate_phrases, train_tokenizer
 from .phantom_conversations import ConversationMaker, build_pool
 from .processor import Encoded, Processor, build_processor, load_tokenizer
 
@@ -32,11 +32,15 @@ def read_cards(path: str | Path) -> str:
     return Path(path).read_text()
 
 
-def start_model(config: Mapping[str, Any], checkpoint: str | None, device: str | torch.device = "cpu") -> VilaM3:
-    """Return the model to train: the checkpoint's, or one with random weights when there is none."""
+def start_model(
+    config: Mapping[str, Any], checkpoint: str | None, tokenizer: Tokenizer, device: str | torch.device = "cpu"
+) -> VilaM3:
+    """Return the model to train: the checkpoint's, or a new one with random weights when there is none."""
     if checkpoint:
         return load_model(checkpoint, device).train()
-    return build_model(dict(config)).to(device)
+    model = build_model(dict(config))
+    relate_phrases(model.llm.get_input_embeddings(), tokenizer)
+    return model.to(device)
 
 
 def start_tokenizer(
