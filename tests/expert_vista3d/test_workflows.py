@@ -82,15 +82,22 @@ def test_full_size_preprocessing_equals_the_recorded_input(bundle_root, shared):
     assert np.abs(item["image"].numpy()[:, ::8, ::8, ::8] - recorded).max() < 1e-4
 
 
-def test_liver_of_an_unseen_phantom_is_found(expert, tmp_path):
-    """The nano weights find the organ; they miss its tumours, as the docs say, so none is asked for here."""
-    phantom = ct_phantom(300_001, tumors=[])
-    path = save_volume(phantom.image, phantom.affine, tmp_path / "ct.nii.gz")
-    result = expert.run(ExpertRequest((str(path),), "hepatic tumor", slice_index=44, output_dir=str(tmp_path)))
-    labels = np.asarray(nib.load(result.label_map_path).dataobj)
-    found, true = labels == 1, phantom.labels == 1
-    assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.6
-    assert "liver" in {row["name"] for row in result.measurements}
+@pytest.mark.parametrize("seed", [300_001, 300_002])
+def test_liver_and_tumors_of_unseen_phantoms_are_found_and_only_there(expert, tmp_path, seed):
+    for tumors in (["hepatic tumor"], []):
+        phantom = ct_phantom(seed, tumors=tumors)
+        path = save_volume(phantom.image, phantom.affine, tmp_path / "ct.nii.gz")
+        result = expert.run(ExpertRequest((str(path),), "hepatic tumor", slice_index=44, output_dir=str(tmp_path)))
+        labels = np.asarray(nib.load(result.label_map_path).dataobj)
+        assert overlap(labels == 1, phantom.labels == 1) > 0.9
+        assert ("hepatic tumor" in {row["name"] for row in result.measurements}) == bool(tumors)
+        if tumors:
+            assert overlap(labels == 26, phantom.labels == 26) > 0.5
+
+
+def overlap(found: np.ndarray, true: np.ndarray) -> float:
+    """Dice."""
+    return float(2 * (found & true).sum() / (found.sum() + true.sum()))
 
 
 def test_output_has_the_geometry_of_an_oblique_anisotropic_input(expert, tmp_path):

@@ -251,8 +251,8 @@ class ConversationMaker:
             return Sample(conversation, "CXR", kind)
         conversation.add("expert", prompts.cxr_feedback(scores, question.text, "trained"))
         conversation.add("assistant", _cxr_reply(question, scores))
-        for _ in range(rng.choice((0, 2, 5, 8))):
-            question = self._cxr_question(rng.choices(("finding", "describe"), weights=(0.85, 0.15))[0], scores, rng)
+        for _ in range(rng.choice((0, 6, 12, 18))):
+            question = self._cxr_question(rng.choices(("finding", "describe"), weights=(0.93, 0.07))[0], scores, rng)
             conversation.add("user", question.text)
             conversation.add("assistant", _cxr_reply(question, scores))
         return Sample(conversation, "CXR", kind)
@@ -347,8 +347,8 @@ def random_labels(shape: tuple[int, ...], rng: random.Random) -> np.ndarray:
 
 
 def random_scores(drawn: Sequence[str], rng: random.Random) -> dict[str, float]:
-    """Scores for all findings: the phantom's own half of the time, else random, so that reading is learnt."""
-    if rng.random() < 0.3:
+    """Scores for all findings: sometimes the phantom's own, mostly random, so that reading is learnt."""
+    if rng.random() < 0.15:
         positive = set(drawn)
     else:
         rate = rng.choice((0.1, 0.3, 0.5, 0.7))
