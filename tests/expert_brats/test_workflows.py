@@ -80,6 +80,7 @@ def test_card_stands_in_the_trained_cards(expert, shared):
     lines = benchmarks["model_list_texts"]["training_and_report"].split("\n")
     assert expert.card.render() in lines
     assert expert.card.study_modality == "MRI"
+    assert expert.card.sequence_count == 4
     assert not expert.card.report_ends_turn
 
 

@@ -1,7 +1,4 @@
-"""The whole system on 30 phantoms of each modality, asked in wordings that training never saw.
-
-The aim of 95 % is not reached by the nano weights of 0.1.0; the figures stand in the docs of the composite.
-"""
+"""The whole system on 30 phantoms of each modality, asked in wordings that training never saw."""
 
 import json
 from collections.abc import Callable
@@ -11,8 +8,6 @@ from typing import Any
 import pytest
 
 from vila_m3_composite.evaluation import run_evaluation
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,6 @@ from monai.transforms import LoadImage
 
 from vila_m3_common.slices import to_ras
 
-pytestmark = pytest.mark.slow
-
 Run = Callable[..., subprocess.CompletedProcess]
 Read = Callable[[Path], dict]
 
