@@ -50,7 +50,7 @@ def fixed_phrases(cards: str) -> list[str]:
     return [system, *lines, *dict.fromkeys([*NAMES.values(), *FINDINGS, *compound_phrases(), *COLOR_CYCLE])]
 
 
-def relate_phrases(embeddings: torch.nn.Embedding, tokenizer: Tokenizer) -> None:
+def relate_phrases(embeddings: torch.nn.Module, tokenizer: Tokenizer) -> None:
     """Give compound phrases the sum of their parts' embeddings to start from.
 
     "edema: yes" is then near "edema" from the first step. Otherwise the model would have to find out for every
@@ -60,7 +60,7 @@ def relate_phrases(embeddings: torch.nn.Embedding, tokenizer: Tokenizer) -> None
         embeddings: of a new model, ``(vocabulary, hidden)``; changed in place.
         tokenizer: its tokenizer.
     """
-    weight = embeddings.weight.data
+    weight = embeddings.get_parameter("weight").data
     for phrase, parts in compound_phrases().items():
         (token,) = tokenizer.encode(phrase, add_special_tokens=False).ids
         ids = [tokenizer.encode(part, add_special_tokens=False).ids[0] for part in parts]
