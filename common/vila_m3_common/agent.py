@@ -182,6 +182,8 @@ class Agent:
         for piece in self.answer(session.conversation):
             pieces.append(piece)
             listener.on_piece(piece)
+        for note in getattr(self.answer, "notes", ()):
+            session.add_note(note)
         text = neutralise("".join(pieces))
         listener.on_turn(session.record(Turn("assistant", text), time.perf_counter() - start))
         return text

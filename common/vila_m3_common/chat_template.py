@@ -131,10 +131,11 @@ def render(conversation: Conversation, template: ChatTemplate) -> Rendered:
         if turn.role == "user":
             text += template.user_prefix + turn.text + template.user_end
             continue
-        text += template.assistant_prefix + template.assistant_gap
+        text += template.assistant_prefix
+        # The gap is the reply's: a prompt ends without it, so the model has to write it.
         start = len(text)
         is_last = index == len(turns) - 1
-        text += turn.text + (template.final_end if is_last else template.assistant_end)
+        text += template.assistant_gap + turn.text + (template.final_end if is_last else template.assistant_end)
         spans.append((start, len(text)))
     if not turns or turns[-1].role == "user":
         text += template.assistant_prefix

@@ -26,7 +26,13 @@ from .expert import ExpertRequest, ExpertResult, ModelCard
 logger = logging.getLogger(__name__)
 
 # hook -> (config id, what it gives); the contract between the composite and its members.
-VLM_HOOKS = {"answer": ("answer", "callable: Conversation -> pieces of the next assistant turn")}
+VLM_HOOKS = {
+    "answer": (
+        "answer",
+        "callable: Conversation -> pieces of the next assistant turn; its `notes`, where it has them, then tell what "
+        "a reader must know of that turn",
+    )
+}
 HOOKS = {
     "model_card": ("model_card", "ModelCard: name, modality, task, overview, accuracy, valid arguments"),
     "expert_request": ("expert_request", "callable: ExpertRequest -> the bundle's own dataset item"),
@@ -120,6 +126,7 @@ class BundleVlm:
         self.root = Path(root).resolve()
         self.metadata = read_metadata(self.root)
         self._workflow: ConfigWorkflow | None = open_workflow(self.root, dict(overrides or {}), VLM_HOOKS)
+        self.notes: list[str] = []
         if "answer" not in self._workflow.parser:
             raise UserError(f"bundle {self.root.name} declares no hook `answer` ({VLM_HOOKS['answer'][1]})")
 
@@ -130,6 +137,7 @@ class BundleVlm:
         with quiet():
             answer = self._workflow.answer
         yield from answer(conversation)
+        self.notes = list(getattr(answer, "notes", ()))
 
     def close(self) -> None:
         """Finalize the workflow; safe to call twice."""

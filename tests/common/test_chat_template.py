@@ -53,8 +53,10 @@ def test_recorded_prompts_are_reproduced(recorded: dict[str, Any], name: str) ->
 )
 def test_only_answers_and_their_ends_are_supervised(recorded: dict[str, Any], name: str, ends: list[str]) -> None:
     rendered = render(conversation_of(recorded["turns"]), get_template(name))
+    # The blank behind "ASSISTANT:" is the reply's first token in the recorded labels.
+    gap = get_template(name).assistant_gap
     answers = ["Answer one.", "Answer two.", "Answer three."]
-    assert supervised(rendered) == [answer + end for answer, end in zip(answers, ends, strict=True)]
+    assert supervised(rendered) == [gap + answer + end for answer, end in zip(answers, ends, strict=True)]
 
 
 def test_plain_keeps_images_and_caption_and_drops_the_question() -> None:

@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from vila_m3.model import VilaM3, build_model
+from vila_m3.model import VilaM3ForConditionalGeneration, build_model
 from vila_m3.phantom_conversations import ConversationMaker, build_pool
-from vila_m3.processor import Processor, build_processor
-from vila_m3.training import start_tokenizer
+from vila_m3.processor import VilaM3Processor
+from vila_m3.training import make_processor, start_tokenizer
 
 TINY: dict[str, Any] = {
     "chat_template": "llama_3",
-    "mm_projector_type": "mlp_downsample",
-    "select_layer": -2,
-    "llm": {
+    "drops_chunk_starts": False,
+    "text_config": {
         "vocab_size": 1024,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -24,7 +23,8 @@ TINY: dict[str, Any] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
-    "vision_tower": {
+    "vision_config": {
+        "model_type": "siglip_vision_model",
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
@@ -33,6 +33,12 @@ TINY: dict[str, Any] = {
         "patch_size": 14,
     },
 }
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """Outputs recorded from the original VILA on tiny random weights."""
+    return shared / "golden/vila"
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,7 @@ def maker(cards: str) -> ConversationMaker:
 
 
 @pytest.fixture
-def model() -> VilaM3:
+def model() -> VilaM3ForConditionalGeneration:
     torch.manual_seed(0)
     return build_model(TINY).eval()
 
@@ -57,5 +63,5 @@ def tokenizer(maker: ConversationMaker, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def processor(model: VilaM3, tokenizer: Any) -> Processor:
-    return build_processor(tokenizer, model)
+def processor(model: VilaM3ForConditionalGeneration, tokenizer: Any) -> VilaM3Processor:
+    return make_processor(tokenizer, model)

@@ -1,107 +1,143 @@
-"""Numbers recorded from the original code: shared/golden/vila, checkpoint A (SigLIP, mlp_downsample, Llama)."""
+"""The model as a transformers model."""
 
-import json
+import copy
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from vila_m3.model import IMAGE_TOKEN_ID, VilaM3, load_model, save_model
-from vila_m3.projector import MultimodalProjector, SpaceToDepth
+from vila_m3.checkpoint import save_one_folder
+from vila_m3.configuration import IMAGE_TOKEN_ID, VilaM3Config
+from vila_m3.model import VilaM3ForConditionalGeneration, build_model
+from vila_m3.processor import VilaM3Processor
 from vila_m3_common.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def recorded(shared: Path) -> dict[str, np.ndarray]:
-    return dict(np.load(shared / "golden/vila/A_siglip_llama3.npz"))
+def inputs(model: VilaM3ForConditionalGeneration) -> dict[str, torch.Tensor]:
+    size, count = model.config.image_size, model.tokens_per_image
+    ids = torch.tensor([[5, *[IMAGE_TOKEN_ID] * count, 6, 7, *[IMAGE_TOKEN_ID] * count, 8]])
+    torch.manual_seed(3)
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, size, size)}
 
 
-@pytest.fixture(scope="module")
-def original(shared: Path) -> VilaM3:
-    return load_model(shared / "golden/vila/A_siglip_llama3")
+def test_images_and_places_must_agree(model: VilaM3ForConditionalGeneration) -> None:
+    with pytest.raises(ValueError, match="4 image places in input_ids for 8 image tokens"):
+        model(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 4]]), torch.zeros(2, 3, 42, 42))
+    with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
+        model()
 
 
-def expand(input_ids: np.ndarray, tokens_per_image: int) -> torch.Tensor:
-    """The recorded ids have one place per image, ours one per visual token."""
-    expanded: list[int] = []
-    for token in input_ids.tolist():
-        expanded += [IMAGE_TOKEN_ID] * tokens_per_image if token == IMAGE_TOKEN_ID else [token]
-    return torch.tensor([expanded])
+def test_a_saved_model_is_read_by_the_auto_classes(
+    model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, tmp_path: Path
+) -> None:
+    save_one_folder(model, processor, tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), VilaM3ForConditionalGeneration)
+    for key in ("projector_type", "vision_feature_layer", "chat_template", "context_length", "drops_chunk_starts"):
+        assert getattr(loaded.config, key) == getattr(model.config, key)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert isinstance(again, VilaM3Processor)
+    prompt = "<image>any text"
+    assert again.encode_prompt(prompt) == processor.encode_prompt(prompt)
+    assert again.image_processor.to_dict() == processor.image_processor.to_dict()
 
 
-def test_projector_outputs_equal_the_recorded_ones(original: VilaM3, recorded: dict[str, np.ndarray]) -> None:
+def test_generate_equals_a_loop_without_cache(model: VilaM3ForConditionalGeneration) -> None:
+    given = inputs(model)
+    generated = model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None)[0].tolist()
+    embeddings = model.embed(given["input_ids"], model.encode_images(given["pixel_values"]))
+    expected = []
     with torch.no_grad():
-        features = original.encode_images(torch.from_numpy(recorded["pixel_values"]))
-    np.testing.assert_allclose(features.numpy(), recorded["projector_out"], atol=1e-5)
+        for _ in range(6):
+            expected.append(int(model(inputs_embeds=embeddings).logits[0, -1].argmax()))
+            token = model.get_input_embeddings()(torch.tensor([[expected[-1]]]))
+            embeddings = torch.cat([embeddings, token], dim=1)
+    assert generated == expected
+
+
+def test_sdpa_equals_eager(model: VilaM3ForConditionalGeneration) -> None:
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        eager = model(**inputs(model)).logits
+        model.set_attn_implementation("sdpa")
+        assert model.llm.config._attn_implementation == "sdpa"
+        torch.testing.assert_close(model(**inputs(model)).logits, eager, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "intern_vit_6b"])
+def test_gradient_checkpointing_changes_no_gradient(tower: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(small_config(tower)).train()
+    twin = copy.deepcopy(model)
+    twin.gradient_checkpointing_enable({"use_reentrant": False})
+    assert twin.is_gradient_checkpointing
+    for each in (model, twin):
+        given = inputs(each)
+        each(**given, labels=given["input_ids"].clamp(min=0)).loss.backward()
+    for (name, first), second in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (first.grad is None) == (second.grad is None), name
+        if first.grad is not None:
+            torch.testing.assert_close(first.grad, second.grad, rtol=0, atol=1e-6)
+
+
+def small_config(tower: str) -> dict[str, Any]:
+    select = "cls_patch" if tower == "siglip_vision_model" else "patch"
+    return {
+        "vision_feature_select": select,
+        "text_config": {
+            "vocab_size": 64,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
+        "vision_config": {
+            "model_type": tower,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 42,
+            "patch_size": 14,
+        },
+    }
+
+
+@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "intern_vit_6b"])
+def test_the_tower_stops_at_the_layer_that_is_read(tower: str) -> None:
+    model = build_model(small_config(tower)).eval()
+    with torch.no_grad():
+        states = model.vision_states(inputs(model)["pixel_values"])
+        assert len(states) == 4
+        for layer in (-2, -1, 1):
+            model.config.vision_feature_layer = layer
+            expected = model.mm_projector(model.select_features(states[layer]))
+            torch.testing.assert_close(model.encode_images(inputs(model)["pixel_values"]), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("case", "images"), [("single", [0]), ("two_images", [0, 1]), ("multi_turn", [1, 2, 0]), ("text_only", [])]
+    ("changes", "message"),
+    [
+        ({"vision_feature_select": "cls"}, "unknown vision feature selection 'cls'; .*valid: cls_patch, patch"),
+        ({"image_aspect_ratio": "anyres"}, "unknown image aspect ratio 'anyres'; .*valid: resize, pad, none"),
+        (
+            {"vision_config": {"model_type": "radio"}},
+            "unknown vision tower 'radio'; .*valid: siglip_vision_model, clip",
+        ),
+        ({"text_config": {"model_type": "qwen2"}}, "the LLM has model_type 'qwen2'; VILA-M3 checkpoints hold a llama"),
+        ({"projector_type": "qformer"}, "unknown projector type 'qformer'; valid: linear, mlp2x_gelu"),
+    ],
 )
-def test_logits_equal_the_recorded_ones(
-    original: VilaM3, recorded: dict[str, np.ndarray], case: str, images: list[int]
-) -> None:
-    pixel_values = torch.from_numpy(recorded["pixel_values"][images]) if images else None
-    input_ids = expand(recorded[f"{case}.input_ids"][0], original.tokens_per_image)
-    with torch.no_grad():
-        logits = original(input_ids, pixel_values)
-    np.testing.assert_allclose(logits.numpy(), recorded[f"{case}.logits"], atol=2e-5)
+def test_unknown_parts_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model({**small_config("siglip_vision_model"), **changes})
 
 
-@pytest.mark.parametrize("grid", [4, 5, 27])
-def test_the_downsampling_projector_equals_the_recorded_one(shared: Path, grid: int) -> None:
-    recorded = np.load(shared / "golden/vila/projectors.npz")
-    projector = MultimodalProjector("mlp_downsample", 8, 12)
-    prefix = "mlp_downsample|w|"
-    weights = {key.removeprefix(prefix): torch.from_numpy(recorded[key]) for key in recorded if key.startswith(prefix)}
-    projector.load_state_dict(
-        {key if key.startswith("layers.") else f"layers.{key}": value for key, value in weights.items()}
-    )
-    with torch.no_grad():
-        out = projector(torch.from_numpy(recorded[f"mlp_downsample|in|{grid}"]))
-    np.testing.assert_allclose(out.numpy(), recorded[f"mlp_downsample|out|{grid}"], atol=1e-5)
-    assert projector.token_count(grid * grid) == out.shape[1]
-
-
-def test_joined_tokens_are_in_column_major_order() -> None:
-    features = torch.arange(16.0).reshape(1, 16, 1)
-    joined = SpaceToDepth()(features)
-    assert joined[0].tolist() == [[0, 1, 4, 5], [8, 9, 12, 13], [2, 3, 6, 7], [10, 11, 14, 15]]
-
-
-def test_a_saved_model_loads_with_the_same_weights(model: VilaM3, tmp_path: Path) -> None:
-    save_model(model, tmp_path)
-    loaded = load_model(tmp_path)
-    for key, value in model.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
-    assert loaded.select_layer == model.select_layer
-    assert loaded.chat_template == model.chat_template
-
-
-def test_images_and_places_must_agree(model: VilaM3) -> None:
-    with pytest.raises(ValueError, match="4 image places in input_ids for 8 image tokens"):
-        model(torch.tensor([[1, *[IMAGE_TOKEN_ID] * 4]]), torch.zeros(2, 3, 42, 42))
-
-
-def test_a_missing_part_is_named(model: VilaM3, tmp_path: Path) -> None:
-    save_model(model, tmp_path)
-    (tmp_path / "mm_projector/config.json").unlink()
-    with pytest.raises(UserError, match="mm_projector/config.json is missing; a checkpoint is a folder"):
-        load_model(tmp_path)
-
-
-def test_a_checkpoint_of_another_shape_names_the_tensor(model: VilaM3, tmp_path: Path) -> None:
-    save_model(model, tmp_path)
-    config = json.loads((tmp_path / "llm/config.json").read_text())
-    (tmp_path / "llm/config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
-    with pytest.raises(UserError, match=r"model.embed_tokens.weight \(1024, 32\) != \(1000, 32\)"):
-        load_model(tmp_path)
-
-
-def test_a_truncated_file_is_refused(model: VilaM3, tmp_path: Path) -> None:
-    save_model(model, tmp_path)
-    path = tmp_path / "llm/model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="are damaged"):
-        load_model(tmp_path)
+def test_the_config_survives_its_file(tmp_path: Path) -> None:
+    config = VilaM3Config(**small_config("clip_vision_model"), chat_template="hermes-2", drops_chunk_starts=False)
+    config.save_pretrained(tmp_path)
+    assert VilaM3Config.from_pretrained(tmp_path).to_dict() == config.to_dict()

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from vila_m3.answer import Answerer
-from vila_m3.model import IGNORED_LABEL, VilaM3
+from vila_m3.configuration import IGNORED_LABEL
+from vila_m3.model import VilaM3ForConditionalGeneration
 from vila_m3.phantom_conversations import ConversationMaker
-from vila_m3.processor import Processor
+from vila_m3.processor import VilaM3Processor
 from vila_m3.training import (
     ConversationDataset,
     LengthGroupedBatches,
@@ -29,15 +30,18 @@ def test_loss_equals_the_recorded_one(shared: Path) -> None:
     assert float(next_token_loss(logits, labels)) == pytest.approx(float(recorded["batch_right.loss"]), abs=1e-5)
 
 
-def test_padding_does_not_change_a_row(model: VilaM3, processor: Processor, maker: ConversationMaker) -> None:
-    items = [processor(maker(seed).conversation) for seed in (1, 2, 3)]
+def test_padding_does_not_change_a_row(
+    model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, maker: ConversationMaker
+) -> None:
+    items = [processor.encode(maker(seed).conversation) for seed in (1, 2, 3)]
     inputs, _, _, keywords = prepare_batch(collate(items), "cpu")
     with torch.no_grad():
-        together = model(inputs, **keywords)
+        together = model(inputs, **keywords).logits
         for row, item in enumerate(items):
             alone_inputs, _, _, alone = prepare_batch(collate([item]), "cpu")
             length = len(item.input_ids)
-            torch.testing.assert_close(together[row, :length], model(alone_inputs, **alone)[0], atol=1e-5, rtol=1e-4)
+            alone_logits = model(alone_inputs, **alone).logits[0]
+            torch.testing.assert_close(together[row, :length], alone_logits, atol=1e-5, rtol=1e-4)
 
 
 def test_reply_accuracy_counts_whole_turns() -> None:
@@ -49,7 +53,7 @@ def test_reply_accuracy_counts_whole_turns() -> None:
     assert supervised_runs(labels[0, 1:]) == [(0, 2), (3, 5)]
 
 
-def test_batches_hold_every_item_once_and_little_padding(processor: Processor, maker: ConversationMaker) -> None:
+def test_batches_hold_every_item_once_and_little_padding(processor: VilaM3Processor, maker: ConversationMaker) -> None:
     dataset = ConversationDataset(maker, processor, count=64)
     batches = list(LengthGroupedBatches(dataset, batch_size=8))
     assert sorted(index for batch in batches for index in batch) == list(range(64))
@@ -64,14 +68,14 @@ def padding(lengths: list[list[int]]) -> int:
 
 
 def test_generation_reproduces_what_was_learnt_by_heart(
-    model: VilaM3, processor: Processor, maker: ConversationMaker
+    model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, maker: ConversationMaker
 ) -> None:
     """Overfit one conversation; greedy decoding with the cache must then give its replies word for word."""
     conversation = maker(4).conversation
-    inputs, labels, _, keywords = prepare_batch(collate([processor(conversation)]), "cpu")
+    inputs, labels, _, keywords = prepare_batch(collate([processor.encode(conversation)]), "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(400):
-        loss = next_token_loss(model(inputs, **keywords), labels)
+        loss = next_token_loss(model(inputs, **keywords).logits, labels)
         if loss < 0.02:
             break
         optimizer.zero_grad()

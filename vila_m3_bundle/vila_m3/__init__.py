@@ -1,1 +1,1 @@
-"""The model that talks: VILA-M3's architecture, its processor, its training and its conversations."""
+"""The VLM of VILA-M3: model, processor, checkpoints, generation, training."""

@@ -1,35 +1,178 @@
-"""Conversation -> stream of text: greedy generation with a key-value cache."""
+"""Conversation -> text: streaming generation whose key-value cache lives on from turn to turn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from vila_m3_common.conversation import Conversation
+from vila_m3_common.errors import UserError
 
-from .model import VilaM3, load_model
-from .processor import Processor, build_processor, load_tokenizer
+from .configuration import IMAGE_TOKEN_ID
+from .model import VilaM3ForConditionalGeneration
+from .processor import Encoded, VilaM3Processor, pad_prompts
+
+logger = logging.getLogger(__name__)
+
+StopReason = Literal["stop token", "max_new_tokens", "context", "abandoned"]
+# One place of a sequence: a token id, or (digest of an image, which of its tokens).
+Place = int | tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token; larger values make unlikely ones likelier.
+        top_p: only the likeliest tokens that together have this probability.
+        top_k: only this many of the likeliest tokens; 0 for all.
+        seed: of the random numbers.
+
+    Raises:
+        UserError: for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature {self.temperature} is negative; 0 is greedy, 0.2 to 1 samples")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is out of range; give more than 0 and at most 1")
+        if self.top_k < 0:
+            raise UserError(f"top_k {self.top_k} is negative; 0 keeps all tokens")
+
+    def chooser(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return a function from logits ``(vocabulary,)`` to a token id ``()``."""
+        if self.temperature == 0:
+            return lambda logits: logits.argmax()
+        # The warpers look at the scores alone.
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        random = torch.Generator().manual_seed(self.seed)
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            scores = warpers(torch.LongTensor(1, 0), logits[None].float())
+            return torch.multinomial(scores.softmax(-1)[0].cpu(), 1, generator=random)[0].to(logits.device)
+
+        return choose
+
+
+@dataclass
+class AnswerReport:
+    """What one answer took.
+
+    Args:
+        prompt_token_count: tokens of the conversation, images included.
+        reused_token_count: of these, taken from the cache of earlier turns.
+        encoded_image_count: images that went through the vision tower.
+        new_token_count: tokens generated, without the stop token.
+        stop_reason: why it ended.
+        first_token_seconds: time until the first token was chosen.
+        seconds: time in all.
+    """
+
+    prompt_token_count: int = 0
+    reused_token_count: int = 0
+    encoded_image_count: int = 0
+    new_token_count: int = 0
+    stop_reason: StopReason = "abandoned"
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of a batch: its text, why it ended, and its length in tokens."""
+
+    text: str
+    stop_reason: StopReason
+    new_token_count: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the answer was cut off before its end."""
+        return self.stop_reason != "stop token"
+
+
+@dataclass
+class _Kept:
+    """A conversation whose keys and values are kept: ``places[i]`` is what position ``i`` of the cache holds."""
+
+    cache: DynamicCache
+    places: list[Place] = field(default_factory=list)
 
 
 class Answerer:
     """Answers conversations with one model; the ``answer`` hook of the bundle.
 
+    Only what a conversation adds to an earlier one is encoded: the turn after an expert's feedback reads neither
+    the model cards nor the first image again.
+
     Args:
         model: the VLM.
         processor: its processor.
         max_new_tokens: longest answer in tokens.
+        sampling: how tokens are chosen; None is greedy.
+        kept_conversations: how many conversations keep their cache; 0 encodes everything anew.
     """
 
-    def __init__(self, model: VilaM3, processor: Processor, max_new_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        model: VilaM3ForConditionalGeneration,
+        processor: VilaM3Processor,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        kept_conversations: int = 1,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {max_new_tokens} leaves no room for an answer; give at least 1")
         self.model = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
+        self.sampling = sampling or Sampling()
+        self.kept_conversations = kept_conversations
+        self.report = AnswerReport()
+        self.stop_ids = processor.stop_ids | eos_ids(model)
+        self._kept: list[_Kept] = []
+        self._features: dict[str, torch.Tensor] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know about the last answer: that it was cut off."""
+        if self.report.stop_reason == "max_new_tokens":
+            return [f"The answer was cut off after {self.report.new_token_count} tokens (max_new_tokens)."]
+        if self.report.stop_reason == "context":
+            return [f"The answer was cut off: the model reads {self.model.context_length} tokens in all."]
+        return []
 
     def __call__(self, conversation: Conversation) -> Iterator[str]:
-        """Yield the next assistant turn piece by piece; the pieces join to the whole text."""
+        """Yield the next assistant turn piece by piece; the pieces join to the whole text.
+
+        Raises:
+            UserError: if the conversation is empty, too long, or ends with an assistant turn.
+        """
         emitted = ""
         token_ids: list[int] = []
         for token_id in self.generate(conversation):
@@ -39,35 +182,211 @@ class Answerer:
                 continue  # half a character; wait for its other bytes
             yield text[len(emitted) :]
             emitted = text
+        rest = self.processor.decode(token_ids)[len(emitted) :]
+        if rest:
+            yield rest
+        for note in self.notes:
+            logger.warning(note)
 
     @torch.inference_mode()
     def generate(self, conversation: Conversation) -> Iterator[int]:
-        """Yield token ids greedily until the template's stop token or ``max_new_tokens``."""
-        encoded = self.processor(conversation)
-        device = self.model.device
-        features = None
-        if len(encoded.pixel_values):
-            features = self.model.encode_images(encoded.pixel_values.to(device))
-        embeddings = self.model.embed(encoded.input_ids[None].to(device), features)
-        cache = DynamicCache(config=self.model.llm.config)
-        embed_token = self.model.llm.get_input_embeddings()
-        room = self.model.max_length - embeddings.shape[1]
-        for _ in range(min(self.max_new_tokens, room)):
-            token = self.model.step(embeddings, cache).argmax()
-            if int(token) in self.processor.stop_ids:
-                return
-            yield int(token)
-            embeddings = embed_token(token[None, None])
+        """Yield token ids until a stop token, ``max_new_tokens`` or the end of the context."""
+        start = time.perf_counter()
+        self.report = report = AnswerReport()
+        kept, embeddings = self._prepare(conversation)
+        choose = self.sampling.chooser()
+        room = self.model.context_length - report.prompt_token_count
+        limit = min(self.max_new_tokens, room)
+        report.stop_reason = "max_new_tokens" if limit == self.max_new_tokens else "context"
+        embed_token = self.model.get_input_embeddings()
+        try:
+            for _ in range(limit):
+                token = choose(self._step(embeddings, kept.cache))
+                token_id = int(token)
+                report.first_token_seconds = report.first_token_seconds or time.perf_counter() - start
+                if token_id in self.stop_ids:
+                    report.stop_reason = "stop token"
+                    return
+                report.new_token_count += 1
+                yield token_id
+                embeddings = embed_token(token[None, None])
+                kept.places.append(token_id)
+        except GeneratorExit:
+            report.stop_reason = "abandoned"
+            raise
+        finally:
+            report.seconds = time.perf_counter() - start
+            del kept.places[kept.cache.get_seq_length() :]
+
+    def _step(self, embeddings: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Feed ``(1, L, hidden)`` after what ``cache`` holds; return the last logits ``(vocabulary,)``."""
+        outputs = self.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return outputs.logits[0, -1]
+
+    def _prepare(self, conversation: Conversation) -> tuple[_Kept, torch.Tensor]:
+        """Find the kept conversation that this one continues, and embed what is new."""
+        encoded = self.encode(conversation)
+        digests = [digest_of(image) for image in conversation.images]
+        places = _places(encoded.input_ids.tolist(), digests, self.processor.tokens_per_image)
+        kept, shared = self._continue(places)
+        self.report.prompt_token_count = len(places)
+        self.report.reused_token_count = shared
+        embeddings = self._embed(places[shared:], dict(zip(digests, encoded.pixel_values, strict=True)))
+        kept.places += places[shared:]
+        return kept, embeddings
+
+    def _continue(self, places: Sequence[Place]) -> tuple[_Kept, int]:
+        """Return a kept conversation, cut to what it shares with this one, and how much that is.
+
+        The last place is always encoded again, because its logits choose the first token.
+        """
+        lengths = [min(_shared_length(kept.places, places), len(places) - 1) for kept in self._kept]
+        best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+        is_full = len(self._kept) >= self.kept_conversations
+        if best is None or not (is_full or 2 * lengths[best] > len(self._kept[best].places)):
+            self._kept = self._kept[-(self.kept_conversations - 1) :] if self.kept_conversations > 1 else []
+            self._kept.append(_Kept(DynamicCache(config=self.model.config.text_config)))
+            self._forget_features(places)
+            return self._kept[-1], 0
+        kept = self._kept.pop(best)
+        surplus = kept.cache.get_seq_length() - lengths[best]
+        if surplus:
+            kept.cache.crop(-surplus)
+        del kept.places[lengths[best] :]
+        if self.kept_conversations:
+            self._kept.append(kept)
+        self._forget_features(places)
+        return kept, lengths[best]
+
+    def _forget_features(self, places: Sequence[Place]) -> None:
+        sequences = [places, *(kept.places for kept in self._kept)]
+        used = {place[0] for sequence in sequences for place in sequence if isinstance(place, tuple)}
+        self._features = {digest: value for digest, value in self._features.items() if digest in used}
+
+    def _embed(self, places: Sequence[Place], pixel_values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Embed places ``(1, L, hidden)``; images whose features are not known go through the tower."""
+        needed = dict.fromkeys(place[0] for place in places if isinstance(place, tuple))
+        fresh = [digest for digest in needed if digest not in self._features]
+        if fresh:
+            batch = torch.stack([pixel_values[digest] for digest in fresh])
+            self._features.update(zip(fresh, self.model.encode_images(batch), strict=True))
+        self.report.encoded_image_count = len(fresh)
+        rows = [self._features[place[0]][place[1]] for place in places if isinstance(place, tuple)]
+        ids = [IMAGE_TOKEN_ID if isinstance(place, tuple) else place for place in places]
+        input_ids = torch.tensor([ids], device=self.model.device)
+        return self.model.embed(input_ids, torch.stack(rows)[None] if rows else None)
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Turn a conversation that the model shall answer into tensors.
+
+        Raises:
+            UserError: if it is empty, too long, or ends with an assistant turn.
+        """
+        if conversation.context and conversation.context[-1].role == "assistant":
+            raise UserError("the conversation ends with an assistant turn; add a user turn for the model to answer")
+        return self.processor.encode(conversation)
+
+    @torch.inference_mode()
+    def answer_batch(
+        self, conversations: Sequence[Conversation], encoded: Sequence[Encoded] | None = None
+    ) -> list[Answered]:
+        """Answer several conversations at once, padded on the left; an image in several of them is encoded once.
+
+        Args:
+            conversations: what to answer.
+            encoded: what :meth:`encode` made of each, where that is known already.
+
+        Returns:
+            The answers, in order. :attr:`report` tells of the whole batch.
+
+        Raises:
+            UserError: if one of the conversations is empty, too long, or ends with an assistant turn.
+        """
+        start = time.perf_counter()
+        if not conversations:
+            return []
+        encoded = encoded or [self.encode(conversation) for conversation in conversations]
+        digests = [digest_of(image) for conversation in conversations for image in conversation.images]
+        pixels = torch.cat([item.pixel_values for item in encoded])
+        batch = pad_prompts([item.input_ids for item in encoded], self.processor.pad_id, "left")
+        input_ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
+        room = max(1, min(self.max_new_tokens, self.model.context_length - input_ids.shape[1]))
+        generated = self.model.generate(
+            inputs_embeds=self.model.embed(input_ids, self._encode_each(digests, pixels)),
+            attention_mask=mask,
+            max_new_tokens=room,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=self.processor.pad_id,
+            **self._sampling_options(),
+        )
+        at_limit: StopReason = "max_new_tokens" if room == self.max_new_tokens else "context"
+        answers = [self._answered(row, at_limit) for row in generated.tolist()]
+        self.report = AnswerReport(
+            prompt_token_count=int(mask.sum()),
+            encoded_image_count=len(set(digests)),
+            new_token_count=sum(answer.new_token_count for answer in answers),
+            stop_reason=next((answer.stop_reason for answer in answers if answer.is_cut), "stop token"),
+            seconds=time.perf_counter() - start,
+        )
+        return answers
+
+    def _answered(self, row: list[int], at_limit: StopReason) -> Answered:
+        """Cut a generated row at its stop token; what is behind it is padding."""
+        length = next((index for index, token in enumerate(row) if token in self.stop_ids), None)
+        token_ids = row[:length]
+        text = self.processor.decode(token_ids)
+        return Answered(text, "stop token" if length is not None else at_limit, len(token_ids))
+
+    def _encode_each(self, digests: Sequence[str], pixels: torch.Tensor) -> torch.Tensor | None:
+        """Encode every different image once; return the features of all, in order."""
+        unique = list(dict.fromkeys(digests))
+        if not unique:
+            return None
+        features = self.model.encode_images(pixels[[digests.index(digest) for digest in unique]])
+        return features[[unique.index(digest) for digest in digests]]
+
+    def _sampling_options(self) -> dict[str, Any]:
+        sampling = self.sampling
+        if sampling.temperature == 0:
+            return {"do_sample": False}
+        torch.manual_seed(sampling.seed)
+        return {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
 
 
-def open_answerer(checkpoint: str | Path, device: str | torch.device = "cpu", max_new_tokens: int = 256) -> Answerer:
-    """Load a checkpoint folder and make it answer.
+def eos_ids(model: VilaM3ForConditionalGeneration) -> frozenset[int]:
+    """Return the end tokens that a checkpoint's generation config names."""
+    given = model.generation_config.eos_token_id if model.generation_config else None
+    if given is None:
+        return frozenset()
+    return frozenset(given) if isinstance(given, list) else frozenset([given])
 
-    Args:
-        checkpoint: folder with ``config.json``, ``llm/``, ``vision_tower/`` and ``mm_projector/``.
-        device: where it runs.
-        max_new_tokens: longest answer in tokens.
-    """
-    model = load_model(checkpoint, device)
-    tokenizer = load_tokenizer(Path(checkpoint) / "llm")
-    return Answerer(model, build_processor(tokenizer, model), max_new_tokens)
+
+def digest_of(image: np.ndarray) -> str:
+    """Return what tells one picture ``(H, W, 3)`` from another."""
+    return hashlib.sha256(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def _places(token_ids: Sequence[int], digests: Sequence[str], tokens_per_image: int) -> list[Place]:
+    """Name every place: a token by its id, a visual token by its image and number."""
+    places: list[Place] = []
+    count = 0
+    for token in token_ids:
+        if token == IMAGE_TOKEN_ID:
+            places.append((digests[count // tokens_per_image], count % tokens_per_image))
+            count += 1
+        else:
+            places.append(token)
+    return places
+
+
+def _shared_length(first: Sequence[Place], second: Sequence[Place]) -> int:
+    """Return how many places two sequences have in common from the start."""
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(second))

@@ -11,15 +11,20 @@ from tqdm import tqdm
 
 from vila_m3_common.standalone import make_output_dir
 
-from .model import VilaM3
+from .model import VilaM3ForConditionalGeneration
 from .phantom_conversations import ConversationMaker
-from .processor import Encoded, Processor
+from .processor import Encoded, VilaM3Processor
 from .training import collate, prepare_batch, supervised_runs, tokens_right
 
 
 @torch.inference_mode()
 def evaluate_replies(
-    model: VilaM3, processor: Processor, maker: ConversationMaker, count: int, output_dir: str, first_seed: int = 0
+    model: VilaM3ForConditionalGeneration,
+    processor: VilaM3Processor,
+    maker: ConversationMaker,
+    count: int,
+    output_dir: str,
+    first_seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Score the replies of ``count`` conversations and write ``metrics.json``.
 
@@ -40,7 +45,7 @@ def evaluate_replies(
     tallies: dict[str, list[tuple[bool, int, int]]] = defaultdict(list)
     for seed in tqdm(range(first_seed, first_seed + count), desc="evaluating"):
         sample = maker(seed)
-        right = _replies_right(model, processor(sample.conversation), sorted(processor.stop_ids))
+        right = _replies_right(model, processor.encode(sample.conversation), sorted(processor.stop_ids))
         tallies[f"{sample.modality}: {sample.kind}"].append((right[0], sum(right), len(right)))
         tallies["all"].append((right[0], sum(right), len(right)))
     metrics = {name: _summary(rows) for name, rows in sorted(tallies.items())}
@@ -50,10 +55,10 @@ def evaluate_replies(
     return metrics
 
 
-def _replies_right(model: VilaM3, encoded: Encoded, stop_ids: list[int]) -> list[bool]:
+def _replies_right(model: VilaM3ForConditionalGeneration, encoded: Encoded, stop_ids: list[int]) -> list[bool]:
     inputs, labels, _, keywords = prepare_batch(collate([encoded]), model.device)
     targets = labels[0, 1:]
-    is_right = tokens_right(model(inputs, **keywords)[0, :-1].argmax(-1), targets, stop_ids)
+    is_right = tokens_right(model(inputs, **keywords).logits[0, :-1].argmax(-1), targets, stop_ids)
     return [bool(is_right[start:end].all()) for start, end in supervised_runs(targets)]
 
 

@@ -12,32 +12,56 @@ from vila_m3_common.conversation import Conversation, neutralise
 from vila_m3_common.errors import UserError, exits_with_message
 from vila_m3_common.study import open_study, render_images
 
+from .adapters import load_adapter, merge_adapter
 from .answer import Answerer
-from .model import VilaM3
-from .processor import Processor, build_processor, load_tokenizer
+from .checkpoint import load_checkpoint
+from .model import VilaM3ForConditionalGeneration
 
 
-def load_processor(checkpoint: str, model: VilaM3) -> Processor:
-    """Return the processor of a checkpoint folder."""
-    return build_processor(load_tokenizer(f"{checkpoint}/llm"), model)
+def load_network(
+    checkpoint: str,
+    device: Any = "cpu",
+    dtype: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    attention: str = "sdpa",
+    quantization: str | None = None,
+    chat_template: str | None = None,
+    adapter: str | None = None,
+) -> VilaM3ForConditionalGeneration:
+    """Load a checkpoint with the options of the configs; see :func:`vila_m3.checkpoint.load_checkpoint`.
+
+    Args:
+        checkpoint: folder in either layout, or a Hugging Face id.
+        device: where it runs.
+        dtype: of the weights.
+        device_map: over several devices.
+        attention: implementation.
+        quantization: ``int8`` or ``int4``.
+        chat_template: overrules the checkpoint's.
+        adapter: folder of a LoRA adapter; merged into the weights, or kept beside quantised ones.
+    """
+    model = load_checkpoint(checkpoint, device, dtype, device_map, attention, quantization, chat_template)
+    if adapter:
+        adapted = load_adapter(model, adapter)
+        if quantization is None:
+            model = merge_adapter(adapted)
+    return model.eval()
 
 
 class AnswerInferer(Inferer):
     """Generates the next assistant turn of a conversation.
 
     Args:
-        processor: turns conversations into tensors.
-        max_new_tokens: longest answer in tokens.
+        answerer: the bundle's ``answer`` hook.
     """
 
-    def __init__(self, processor: Processor, max_new_tokens: int = 256) -> None:
+    def __init__(self, answerer: Answerer) -> None:
         super().__init__()
-        self.processor = processor
-        self.max_new_tokens = max_new_tokens
+        self.answerer = answerer
 
-    def __call__(self, inputs: Conversation, network: VilaM3, *args: Any, **kwargs: Any) -> str:
+    def __call__(self, inputs: Conversation, network: VilaM3ForConditionalGeneration, *args: Any, **kwargs: Any) -> str:
         """Return the turn's text."""
-        return "".join(Answerer(network, self.processor, self.max_new_tokens)(inputs))
+        return "".join(self.answerer(inputs))
 
 
 def first_item(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -50,6 +74,43 @@ def prepare_conversation(batch: dict[str, Any], *args: Any, **kwargs: Any) -> tu
     return batch["conversation"], None
 
 
+def open_conversation(
+    image: str | Sequence[str] | None,
+    question: str,
+    cards: str,
+    modality: str | None = None,
+    slice_index: int | None = None,
+    axis: int = 2,
+) -> tuple[Conversation, tuple[str, ...]]:
+    """Start a conversation about an image, or about nothing but text.
+
+    Args:
+        image: see :func:`vila_m3_common.study.open_study`; None asks without an image and without model cards.
+        question: what the user typed; control strings are taken out of it.
+        cards: text of the model cards.
+        modality: overrules what the image tells.
+        slice_index: slice of a volume; None takes the middle.
+        axis: 0 sagittal, 1 coronal, 2 axial.
+
+    Returns:
+        The conversation and notes for the user.
+
+    Raises:
+        UserError: if the question is empty or the image cannot be used.
+    """
+    text = neutralise(question).strip()
+    if not text:
+        raise UserError("the question is empty; ask something, for example 'Are there any liver masses?'")
+    conversation = Conversation()
+    if image is None:
+        conversation.add("user", text)
+        return conversation, ()
+    study = open_study(image, modality)
+    images, _ = render_images(study, slice_index, axis)
+    conversation.add("user", prompts.opening(study.opening_form, text, cards), images)
+    return conversation, study.notes
+
+
 @exits_with_message
 def run_question(
     image: str | Sequence[str] | None,
@@ -60,23 +121,20 @@ def run_question(
     cards: str,
     dataset: Any,
     evaluator: Any,
+    answerer: Answerer,
 ) -> None:
     """Ask one question about one image and print the model's turn; a trigger in it is not followed.
 
-    With ``image`` None the evaluator runs over the conversations that the dataset holds.
+    With neither ``image`` nor ``question`` the evaluator runs over the conversations that the dataset holds.
     """
-    if image is None:
+    if image is None and question is None:
         evaluator.run()
         return
-    text = neutralise(str(question)).strip() if question is not None else ""
-    if not text:
+    if question is None:
         raise UserError("no question was given; add --question 'Are there any liver masses?'")
-    study = open_study(image, modality)
-    images, _ = render_images(study, slice_index, axis)
-    conversation = Conversation()
-    conversation.add("user", prompts.opening(study.opening_form, text, cards), images)
+    conversation, notes = open_conversation(image, str(question), cards, modality, slice_index, axis)
     dataset.data[0] = {"conversation": conversation}
     evaluator.run()
-    for note in study.notes:
+    for note in (*notes, *answerer.notes):
         print(f"note: {note}")
-    print(f"user: {text}\nassistant: {evaluator.state.output['pred']}")
+    print(f"user: {neutralise(str(question)).strip()}\nassistant: {evaluator.state.output['pred']}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from vila_m3_common.anatomy import NAMES
 from vila_m3_common.chat_template import TEMPLATES
@@ -93,3 +94,14 @@ def train_tokenizer(texts: Iterable[str], cards: str, vocabulary_size: int = 204
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return tokenizer
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Give a trained tokenizer the interface of transformers, with its control tokens named."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        pad_token="[PAD]",
+        clean_up_tokenization_spaces=False,
+    )

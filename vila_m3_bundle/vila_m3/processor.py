@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from tokenizers import Tokenizer
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from vila_m3_common.chat_template import ChatTemplate, Rendered, get_template, render
 from vila_m3_common.conversation import IMAGE_TOKEN, Conversation
 from vila_m3_common.errors import UserError
 
-from .model import IGNORED_LABEL, IMAGE_TOKEN_ID, VilaM3
+from .configuration import IGNORED_LABEL, IMAGE_TOKEN_ID, VilaM3Config
+from .image_processor import Picture, VilaM3ImageProcessor, as_tensor
+from .packing import expand_image_places, pad_rows
+from .tokenizer import encode_with_offsets
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Encoded:
     Args:
         input_ids: ``(L,)`` with ``IMAGE_TOKEN_ID`` at every visual token.
         labels: ``(L,)``, the token itself where it is supervised, ``IGNORED_LABEL`` elsewhere.
-        pixel_values: ``(N, 3, S, S)`` in -1..1.
+        pixel_values: ``(N, 3, S, S)``.
     """
 
     input_ids: torch.Tensor
@@ -33,109 +35,200 @@ class Encoded:
     pixel_values: torch.Tensor
 
 
-class Processor:
-    """Turns conversations into what :class:`vila_m3.model.VilaM3` reads.
+class VilaM3Processor(ProcessorMixin):
+    """Turns conversations, or prompts with pictures, into what the model reads.
 
     Args:
-        tokenizer: a fast tokenizer.
-        image_size: side of the vision tower's square input in pixels.
+        image_processor: makes pixel values.
+        tokenizer: of the LLM.
+        template_name: of the chat template.
         tokens_per_image: places that one image takes.
-        template: the chat template.
-        max_length: longest sequence in tokens.
+        context_length: longest sequence in tokens.
+        drops_chunk_starts: see :class:`vila_m3.configuration.VilaM3Config`.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, image_size: int, tokens_per_image: int, template: ChatTemplate, max_length: int
+        self,
+        image_processor: VilaM3ImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        template_name: str = "llama_3",
+        tokens_per_image: int = 196,
+        context_length: int = 4096,
+        drops_chunk_starts: bool = True,
+        **kwargs: Any,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.image_size = image_size
+        super().__init__(image_processor, tokenizer, **kwargs)
+        self.template_name = template_name
         self.tokens_per_image = tokens_per_image
-        self.template = template
-        self.max_length = max_length
-        stops = (tokenizer.token_to_id(text) for text in (template.stop, template.final_end))
-        self.stop_ids: frozenset[int] = frozenset(stop for stop in stops if stop is not None)
+        self.context_length = context_length
+        self.drops_chunk_starts = drops_chunk_starts
 
-    def __call__(self, conversation: Conversation) -> Encoded:
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return get_template(self.template_name)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a turn: the template's, and the tokenizer's end token."""
+        found = {self._token_id(text) for text in (self.template.stop, self.template.final_end)}
+        return frozenset(token for token in {*found, self.tokenizer.eos_token_id} if token is not None)
+
+    def _token_id(self, text: str) -> int | None:
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        return token if token is not None and self.tokenizer.convert_ids_to_tokens(token) == text else None
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture] | None = None,
+        text: str | Sequence[str] | None = None,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Turn rendered prompts and their pictures into a batch, the way transformers' processors do.
+
+        Args:
+            images: pictures of all prompts, in the order of their placeholders.
+            text: one or more prompts with ``<image>`` placeholders, already in the chat template's form.
+            padding_side: ``left`` to generate, ``right`` to train.
+            return_tensors: only ``pt``.
+            kwargs: ignored; transformers passes its own.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``(B, L)``, ``pixel_values`` ``(N, 3, S, S)``.
+
+        Raises:
+            UserError: if placeholders and pictures differ in number, or a prompt is too long or empty.
+        """
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        pictures = _picture_list(images)
+        placeholder_count = sum(prompt.count(IMAGE_TOKEN) for prompt in prompts)
+        if placeholder_count != len(pictures):
+            raise UserError(f"{len(pictures)} images were given for {placeholder_count} {IMAGE_TOKEN} placeholders")
+        rows = [torch.tensor(self.encode_prompt(prompt)) for prompt in prompts]
+        batch = pad_prompts(rows, self.pad_id, padding_side)
+        batch["pixel_values"] = as_tensor(pictures, self.image_processor)
+        return BatchFeature(batch, tensor_type=return_tensors)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id at padding; the attention mask hides it."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Tokenize a rendered prompt; every image takes ``tokens_per_image`` places.
+
+        Raises:
+            UserError: if it is empty or longer than the context.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty; ask something")
+        tokens, _ = self.encode_text(Rendered(prompt, ()))
+        self._check_length(len(tokens))
+        return tokens
+
+    def encode(self, conversation: Conversation) -> Encoded:
         """Encode a conversation for training or generation (see :func:`render`).
 
         Raises:
-            UserError: if it is longer than the model's context.
+            UserError: if it is empty, longer than the model's context, or its images do not fit its placeholders.
         """
-        rendered = render(conversation, self.template)
-        input_ids, labels = self.encode_text(rendered)
-        if len(input_ids) > self.max_length:
-            raise UserError(
-                f"the conversation has {len(input_ids)} tokens, the model reads {self.max_length}; "
-                "start a new conversation"
-            )
+        if not conversation.context:
+            raise UserError("the conversation is empty; add a user turn")
+        input_ids, labels = self.encode_text(render(conversation, self.template))
+        self._check_length(len(input_ids))
         images = conversation.images
         if input_ids.count(IMAGE_TOKEN_ID) != len(images) * self.tokens_per_image:
             raise UserError(f"{len(images)} images do not fit the {IMAGE_TOKEN} placeholders of the conversation")
-        return Encoded(torch.tensor(input_ids), torch.tensor(labels), self.encode_images(images))
+        return Encoded(torch.tensor(input_ids), torch.tensor(labels), as_tensor(images, self.image_processor))
+
+    def _check_length(self, length: int) -> None:
+        if length > self.context_length:
+            raise UserError(
+                f"the conversation has {length} tokens, the model reads {self.context_length}; start a new conversation"
+            )
 
     def encode_text(self, rendered: Rendered) -> tuple[list[int], list[int]]:
-        """Tokenize each chunk between image placeholders alone; expand every placeholder."""
+        """Tokenize each chunk between image placeholders alone; expand every placeholder.
+
+        Returns:
+            Token ids and labels, one per token.
+        """
+        tokens, labels = self.tokenize_chunks(rendered)
+        return expand_image_places(tokens, self.tokens_per_image, labels)
+
+    def tokenize_chunks(self, rendered: Rendered) -> tuple[list[int], list[int]]:
+        """Tokenize each chunk between image placeholders alone, as VILA does.
+
+        When the first chunk begins with the start token, the first token of every later chunk is dropped, which
+        is meant for the start token that the tokenizer adds there again. A tokenizer that adds none loses a
+        token of the text, in training as in use; released weights expect that.
+
+        Returns:
+            Token ids with one ``IMAGE_TOKEN_ID`` per image, and labels.
+        """
         supervised = np.zeros(len(rendered.text) + 1, dtype=bool)
         for start, end in rendered.spans:
             supervised[start:end] = True
-        input_ids: list[int] = []
+        tokens: list[int] = []
         labels: list[int] = []
-        position = 0
+        position, skipped = 0, 0
         for index, chunk in enumerate(rendered.text.split(IMAGE_TOKEN)):
-            if index:
-                input_ids += [IMAGE_TOKEN_ID] * self.tokens_per_image
-                labels += [IGNORED_LABEL] * self.tokens_per_image
+            ids, ends = encode_with_offsets(self.tokenizer, chunk)
+            if index == 0 and self.drops_chunk_starts and ids and ids[0] == self.tokenizer.bos_token_id:
+                skipped = 1
+            if index > 0:
+                tokens.append(IMAGE_TOKEN_ID)
+                labels.append(IGNORED_LABEL)
+                ids, ends = ids[skipped:], ends[skipped:]
                 position += len(IMAGE_TOKEN)
-            encoding = self.tokenizer.encode(chunk, add_special_tokens=False)
-            input_ids += encoding.ids
+            # A token belongs to the reply when its last character does.
+            tokens += ids
             labels += [
-                token if supervised[position + start] else IGNORED_LABEL
-                for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+                token if end > 0 and supervised[position + end - 1] else IGNORED_LABEL
+                for token, end in zip(ids, ends, strict=True)
             ]
             position += len(chunk)
-        return input_ids, labels
+        return tokens, labels
 
-    def encode_images(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """RGB images ``(H, W, 3)`` uint8 -> ``(N, 3, S, S)`` in -1..1."""
-        if not images:
-            return torch.zeros((0, 3, self.image_size, self.image_size))
-        return torch.stack([to_pixel_values(image, self.image_size) for image in images])
-
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
         """Return the text of generated tokens, without control tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(token_ids), **{"skip_special_tokens": True, **kwargs}))
 
 
-def to_pixel_values(image: np.ndarray, size: int) -> torch.Tensor:
-    """Resize to a square (bicubic, horizontal pass first, as the reference's Pillow did) and scale to -1..1.
-
-    Pillow 13 chooses the order of the passes by cost and then differs by up to 16/255; two calls fix it.
-    """
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    wide = picture.resize((size, picture.height), Image.Resampling.BICUBIC)
-    square = np.asarray(wide.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
-    return torch.from_numpy((square / 255.0 - 0.5) / 0.5).permute(2, 0, 1)
+def _picture_list(images: Picture | Sequence[Picture] | None) -> list[Picture]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, Sequence) else [images]
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load ``tokenizer.json`` of a checkpoint's ``llm/`` folder."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; the checkpoint's llm folder needs its tokenizer")
-    return Tokenizer.from_file(str(path))
+def pad_prompts(rows: Sequence[torch.Tensor], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Pad token ids ``(L_i,)`` to ``input_ids`` and ``attention_mask`` ``(B, L)``."""
+    return {
+        "input_ids": pad_rows(rows, pad_id, side),
+        "attention_mask": pad_rows([torch.ones_like(row) for row in rows], 0, side),
+    }
 
 
-def build_processor(tokenizer: Tokenizer, model: VilaM3) -> Processor:
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, config: VilaM3Config, image_processor: VilaM3ImageProcessor
+) -> VilaM3Processor:
     """Make the processor that fits a model.
 
     Args:
         tokenizer: the tokenizer of its LLM.
-        model: the model.
+        config: of the model.
+        image_processor: of its vision tower.
     """
-    return Processor(
+    return VilaM3Processor(
+        image_processor,
         tokenizer,
-        model.image_size,
-        model.tokens_per_image,
-        get_template(model.chat_template),
-        model.max_length,
+        template_name=config.chat_template,
+        tokens_per_image=config.tokens_per_image,
+        context_length=config.context_length,
+        drops_chunk_starts=config.drops_chunk_starts,
     )
+
+
+AutoProcessor.register(VilaM3Config, VilaM3Processor, exist_ok=True)

@@ -52,11 +52,12 @@ class MultimodalProjector(nn.Module):
         """``(N, T, vision_size)`` -> ``(N, T', hidden_size)``."""
         return self.layers(features)
 
-    def token_count(self, vision_token_count: int) -> int:
-        """Return how many LLM tokens ``vision_token_count`` vision tokens of one image become."""
-        if self.kind != "mlp_downsample":
-            return vision_token_count
-        return ((round(vision_token_count**0.5) + 1) // 2) ** 2
+
+def token_count(kind: str, vision_token_count: int) -> int:
+    """Return how many LLM tokens ``vision_token_count`` vision tokens of one image become."""
+    if kind != "mlp_downsample":
+        return vision_token_count
+    return ((round(vision_token_count**0.5) + 1) // 2) ** 2
 
 
 def _build_layers(kind: str, vision_size: int, hidden_size: int) -> nn.Module:

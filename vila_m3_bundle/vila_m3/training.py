@@ -11,16 +11,22 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
-from tokenizers import Tokenizer
+from monai.inferers import Inferer
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from vila_m3_common.chat_template import get_template, render
 from vila_m3_common.errors import UserError
 
-from .model import IGNORED_LABEL, VilaM3, build_model, load_model, save_model
-from .nano_tokenizer import relate_phrases, train_tokenizer
+from .checkpoint import load_checkpoint, load_processor, save_released
+from .configuration import IGNORED_LABEL
+from .image_processor import image_processor_for
+from .model import VilaM3ForConditionalGeneration, build_model
+from .nano_tokenizer import relate_phrases, train_tokenizer, wrap_tokenizer
+from .packing import pad_rows
 from .phantom_conversations import ConversationMaker, build_pool
-from .processor import Encoded, Processor, build_processor, load_tokenizer
+from .processor import Encoded, VilaM3Processor, build_processor
+from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +39,43 @@ def read_cards(path: str | Path) -> str:
 
 
 def start_model(
-    config: Mapping[str, Any], checkpoint: str | None, tokenizer: Tokenizer, device: str | torch.device = "cpu"
-) -> VilaM3:
+    config: Mapping[str, Any],
+    checkpoint: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str | torch.device = "cpu",
+) -> VilaM3ForConditionalGeneration:
     """Return the model to train: the checkpoint's, or a new one with random weights when there is none."""
     if checkpoint:
-        return load_model(checkpoint, device).train()
+        return load_checkpoint(checkpoint, device, torch.float32).train()
     model = build_model(dict(config))
-    relate_phrases(model.llm.get_input_embeddings(), tokenizer)
-    return model.to(device)
+    relate_phrases(model.get_input_embeddings(), tokenizer.backend_tokenizer)
+    model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps nn.Module.to
+    return model
 
 
 def start_tokenizer(
     checkpoint: str | None, maker: ConversationMaker, vocabulary_size: int, template: str, ckpt_dir: str
-) -> Tokenizer:
+) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer, or train a small one on conversations of the maker.
 
     A new one is kept in ``ckpt_dir``, where a resumed training finds it: the embeddings it learnt belong to
     these tokens, and another mixture of conversations would give others.
     """
     if checkpoint:
-        return load_tokenizer(Path(checkpoint) / "llm")
+        return load_processor(checkpoint).tokenizer
     if (Path(ckpt_dir) / "tokenizer.json").is_file():
         return load_tokenizer(ckpt_dir)
     texts = (render(maker(seed).conversation, get_template(template)).text for seed in range(3000))
     tokenizer = train_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
     if tokenizer.get_vocab_size() > vocabulary_size:
         raise UserError(f"the tokenizer needs {tokenizer.get_vocab_size()} tokens, the model has {vocabulary_size}")
-    Path(ckpt_dir).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(Path(ckpt_dir) / "tokenizer.json"))
-    return tokenizer
+    wrap_tokenizer(tokenizer).save_pretrained(ckpt_dir)
+    return load_tokenizer(ckpt_dir)
 
 
-def make_processor(tokenizer: Tokenizer, model: VilaM3) -> Processor:
-    """Return the processor that fits a model; a name that configs can point to."""
-    return build_processor(tokenizer, model)
+def make_processor(tokenizer: PreTrainedTokenizerBase, model: VilaM3ForConditionalGeneration) -> VilaM3Processor:
+    """Return the processor that fits a model."""
+    return build_processor(tokenizer, model.config, image_processor_for(model.config))
 
 
 def make_conversations(volume_count: int, first_seed: int, cards: str, held_out: bool = False) -> ConversationMaker:
@@ -91,7 +100,7 @@ class ConversationDataset(Dataset):
         first_seed: seed of item 0.
     """
 
-    def __init__(self, maker: ConversationMaker, processor: Processor, count: int, first_seed: int = 0) -> None:
+    def __init__(self, maker: ConversationMaker, processor: VilaM3Processor, count: int, first_seed: int = 0) -> None:
         self.maker = maker
         self.processor = processor
         self.count = count
@@ -103,7 +112,7 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> Encoded:
         if index >= self.count:
             raise IndexError(index)
-        return self.processor(self.maker(self.first_seed + index).conversation)
+        return self.processor.encode(self.maker(self.first_seed + index).conversation)
 
     def length(self, index: int) -> int:
         """Return the number of tokens of an item without touching its images."""
@@ -147,20 +156,22 @@ def collate(items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     Two rows of 5 and 7 tokens with one and four images become ``input_ids`` (2, 7),
     ``attention_mask`` (2, 7) with two zeros in row 0, ``labels`` (2, 7) and ``pixel_values`` (5, 3, S, S).
     """
-    width = max(len(item.input_ids) for item in items)
-    shape = (len(items), width)
-    batch = {
-        "input_ids": torch.full(shape, PAD_ID),
-        "labels": torch.full(shape, IGNORED_LABEL),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
+    return {
+        "input_ids": pad_rows([item.input_ids for item in items], PAD_ID),
+        "labels": pad_rows([item.labels for item in items], IGNORED_LABEL),
+        "attention_mask": pad_rows([torch.ones_like(item.input_ids) for item in items], 0),
         "pixel_values": torch.cat([item.pixel_values for item in items]),
     }
-    for row, item in enumerate(items):
-        length = len(item.input_ids)
-        batch["input_ids"][row, :length] = item.input_ids
-        batch["labels"][row, :length] = item.labels
-        batch["attention_mask"][row, :length] = 1
-    return batch
+
+
+class LogitsInferer(Inferer):
+    """Runs the model and keeps the logits alone, which MONAI's engines hand to loss and metrics."""
+
+    def __call__(
+        self, inputs: torch.Tensor, network: VilaM3ForConditionalGeneration, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """``input_ids`` ``(B, L)`` -> logits ``(B, L, vocabulary)``."""
+        return network(inputs, *args, use_cache=False, **kwargs).logits
 
 
 def prepare_batch(
@@ -251,14 +262,16 @@ class CheckpointExporter:
 
     Args:
         model: the trained model.
-        tokenizer: its tokenizer.
+        processor: its processor.
         folder: where to.
         dtype: precision of the stored tensors.
     """
 
-    def __init__(self, model: VilaM3, tokenizer: Tokenizer, folder: str, dtype: str = "float16") -> None:
+    def __init__(
+        self, model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, folder: str, dtype: str = "float16"
+    ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.processor = processor
         self.folder = Path(folder)
         self.dtype: torch.dtype = getattr(torch, dtype)
 
@@ -268,6 +281,5 @@ class CheckpointExporter:
 
     def __call__(self, engine: Engine) -> None:
         """Write the checkpoint."""
-        save_model(self.model, self.folder, self.dtype)
-        self.tokenizer.save(str(self.folder / "llm" / "tokenizer.json"))
+        save_released(self.model, self.processor, self.folder, self.dtype)
         logger.info("wrote %s", self.folder)
