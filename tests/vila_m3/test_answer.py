@@ -107,7 +107,7 @@ def test_a_cut_answer_is_announced(answerer: Answerer, caplog: pytest.LogCapture
 
 
 def test_the_end_of_the_context_is_announced(answerer: Answerer) -> None:
-    length = len(answerer.encode(conversation(FIRST)).input_ids)
+    length = len(answerer.tokenize(conversation(FIRST)))
     answerer.model.config.context_length = length + 5
     assert len(list(answerer.generate(conversation(FIRST)))) == 5
     assert answerer.notes == [f"The answer was cut off: the model reads {length + 5} tokens in all."]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,8 +23,9 @@ from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError
 
 from .configuration import IMAGE_TOKEN_ID
+from .image_processor import as_tensor
 from .model import VilaM3ForConditionalGeneration
-from .processor import Encoded, VilaM3Processor, pad_prompts
+from .processor import VilaM3Processor, pad_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -225,13 +226,14 @@ class Answerer:
 
     def _prepare(self, conversation: Conversation) -> tuple[_Kept, torch.Tensor]:
         """Find the kept conversation that this one continues, and embed what is new."""
-        encoded = self.encode(conversation)
+        input_ids = self.tokenize(conversation)
         digests = [digest_of(image) for image in conversation.images]
-        places = _places(encoded.input_ids.tolist(), digests, self.processor.tokens_per_image)
+        images = dict(zip(digests, conversation.images, strict=True))
+        places = _places(input_ids, digests, self.processor.tokens_per_image)
         kept, shared = self._continue(places)
         self.report.prompt_token_count = len(places)
         self.report.reused_token_count = shared
-        embeddings = self._embed(places[shared:], dict(zip(digests, encoded.pixel_values, strict=True)))
+        embeddings = self._embed(places[shared:], images)
         kept.places += places[shared:]
         return kept, embeddings
 
@@ -263,38 +265,37 @@ class Answerer:
         used = {place[0] for sequence in sequences for place in sequence if isinstance(place, tuple)}
         self._features = {digest: value for digest, value in self._features.items() if digest in used}
 
-    def _embed(self, places: Sequence[Place], pixel_values: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _embed(self, places: Sequence[Place], images: Mapping[str, np.ndarray]) -> torch.Tensor:
         """Embed places ``(1, L, hidden)``; images whose features are not known go through the tower."""
         needed = dict.fromkeys(place[0] for place in places if isinstance(place, tuple))
         fresh = [digest for digest in needed if digest not in self._features]
-        if fresh:
-            batch = torch.stack([pixel_values[digest] for digest in fresh])
-            self._features.update(zip(fresh, self.model.encode_images(batch), strict=True))
-        self.report.encoded_image_count = len(fresh)
+        self._features.update(self._encode_images({digest: images[digest] for digest in fresh}))
         rows = [self._features[place[0]][place[1]] for place in places if isinstance(place, tuple)]
         ids = [IMAGE_TOKEN_ID if isinstance(place, tuple) else place for place in places]
         input_ids = torch.tensor([ids], device=self.model.device)
         return self.model.embed(input_ids, torch.stack(rows)[None] if rows else None)
 
-    def encode(self, conversation: Conversation) -> Encoded:
-        """Turn a conversation that the model shall answer into tensors.
+    def _encode_images(self, images: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Return the features of each image, ``(tokens_per_image, hidden)``."""
+        self.report.encoded_image_count = len(images)
+        if not images:
+            return {}
+        pixels = as_tensor(list(images.values()), self.processor.image_processor)
+        return dict(zip(images, self.model.encode_images(pixels), strict=True))
+
+    def tokenize(self, conversation: Conversation) -> list[int]:
+        """Tokenize a conversation that the model shall answer.
 
         Raises:
             UserError: if it is empty, too long, or ends with an assistant turn.
         """
         if conversation.context and conversation.context[-1].role == "assistant":
             raise UserError("the conversation ends with an assistant turn; add a user turn for the model to answer")
-        return self.processor.encode(conversation)
+        return self.processor.tokenize(conversation)[0]
 
     @torch.inference_mode()
-    def answer_batch(
-        self, conversations: Sequence[Conversation], encoded: Sequence[Encoded] | None = None
-    ) -> list[Answered]:
+    def answer_batch(self, conversations: Sequence[Conversation]) -> list[Answered]:
         """Answer several conversations at once, padded on the left; an image in several of them is encoded once.
-
-        Args:
-            conversations: what to answer.
-            encoded: what :meth:`encode` made of each, where that is known already.
 
         Returns:
             The answers, in order. :attr:`report` tells of the whole batch.
@@ -302,33 +303,36 @@ class Answerer:
         Raises:
             UserError: if one of the conversations is empty, too long, or ends with an assistant turn.
         """
-        start = time.perf_counter()
         if not conversations:
             return []
-        encoded = encoded or [self.encode(conversation) for conversation in conversations]
-        digests = [digest_of(image) for conversation in conversations for image in conversation.images]
-        pixels = torch.cat([item.pixel_values for item in encoded])
-        batch = pad_prompts([item.input_ids for item in encoded], self.processor.pad_id, "left")
+        start = time.perf_counter()
+        self.report = AnswerReport()
+        rows = [torch.tensor(self.tokenize(conversation)) for conversation in conversations]
+        batch = pad_prompts(rows, self.processor.pad_id, "left")
         input_ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         room = max(1, min(self.max_new_tokens, self.model.context_length - input_ids.shape[1]))
         generated = self.model.generate(
-            inputs_embeds=self.model.embed(input_ids, self._encode_each(digests, pixels)),
+            inputs_embeds=self.model.embed(input_ids, self._features_of(conversations)),
             attention_mask=mask,
             max_new_tokens=room,
-            eos_token_id=sorted(self.stop_ids),
+            eos_token_id=sorted(self.stop_ids) or None,
             pad_token_id=self.processor.pad_id,
             **self._sampling_options(),
         )
         at_limit: StopReason = "max_new_tokens" if room == self.max_new_tokens else "context"
         answers = [self._answered(row, at_limit) for row in generated.tolist()]
-        self.report = AnswerReport(
-            prompt_token_count=int(mask.sum()),
-            encoded_image_count=len(set(digests)),
-            new_token_count=sum(answer.new_token_count for answer in answers),
-            stop_reason=next((answer.stop_reason for answer in answers if answer.is_cut), "stop token"),
-            seconds=time.perf_counter() - start,
-        )
+        self.report.prompt_token_count = int(mask.sum())
+        self.report.new_token_count = sum(answer.new_token_count for answer in answers)
+        self.report.stop_reason = next((answer.stop_reason for answer in answers if answer.is_cut), "stop token")
+        self.report.seconds = time.perf_counter() - start
         return answers
+
+    def _features_of(self, conversations: Sequence[Conversation]) -> torch.Tensor | None:
+        """Return the features ``(N, tokens_per_image, hidden)`` of all images, row by row."""
+        images = [image for conversation in conversations for image in conversation.images]
+        digests = [digest_of(image) for image in images]
+        features = self._encode_images(dict(zip(digests, images, strict=True)))
+        return torch.stack([features[digest] for digest in digests]) if digests else None
 
     def _answered(self, row: list[int], at_limit: StopReason) -> Answered:
         """Cut a generated row at its stop token; what is behind it is padding."""
@@ -336,14 +340,6 @@ class Answerer:
         token_ids = row[:length]
         text = self.processor.decode(token_ids)
         return Answered(text, "stop token" if length is not None else at_limit, len(token_ids))
-
-    def _encode_each(self, digests: Sequence[str], pixels: torch.Tensor) -> torch.Tensor | None:
-        """Encode every different image once; return the features of all, in order."""
-        unique = list(dict.fromkeys(digests))
-        if not unique:
-            return None
-        features = self.model.encode_images(pixels[[digests.index(digest) for digest in unique]])
-        return features[[unique.index(digest) for digest in digests]]
 
     def _sampling_options(self) -> dict[str, Any]:
         sampling = self.sampling

@@ -18,7 +18,6 @@ from vila_m3_common.volumes import load_picture
 
 from .answer import Answered, Answerer
 from .inference import open_conversation
-from .processor import Encoded
 
 ROLES = ("user", "assistant", "expert")
 
@@ -234,16 +233,17 @@ def run_batches(
 def _answer(batch: Sequence[Question], answerer: Answerer, root: Path, cards: str) -> list[dict[str, Any]]:
     """Answer a batch; a question that cannot be asked gets a line with its error."""
     rows: dict[str | int, dict[str, Any]] = {}
-    ready: dict[str | int, tuple[Conversation, Encoded]] = {}
+    ready: dict[str | int, Conversation] = {}
     for question in batch:
         try:
             if question.problem or question.row is None:
                 raise UserError(question.problem)
             conversation = build_conversation(question.row, root, cards)
-            ready[question.question_id] = (conversation, answerer.encode(conversation))
+            answerer.tokenize(conversation)  # raises what would else stop the whole batch
+            ready[question.question_id] = conversation
         except (UserError, ValueError, TypeError, AttributeError) as error:
             rows[question.question_id] = {"question_id": question.question_id, "error": str(error)}
-    answers = answerer.answer_batch([pair[0] for pair in ready.values()], [pair[1] for pair in ready.values()])
+    answers = answerer.answer_batch(list(ready.values()))
     rows |= {name: _answer_row(name, answer) for name, answer in zip(ready, answers, strict=True)}
     return [rows[question.question_id] for question in batch]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -400,7 +401,7 @@ def read_recording(path: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as opened:
             return dict(opened)
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
         raise UserError(f"recording {path} cannot be read ({error}); give the .npz file of the checkpoint") from error
 
 

@@ -134,14 +134,20 @@ class VilaM3Processor(ProcessorMixin):
         Raises:
             UserError: if it is empty, longer than the model's context, or its images do not fit its placeholders.
         """
+        input_ids, labels = self.tokenize(conversation)
+        pixel_values = as_tensor(conversation.images, self.image_processor)
+        return Encoded(torch.tensor(input_ids), torch.tensor(labels), pixel_values)
+
+    def tokenize(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Return what :meth:`encode` makes of the text: token ids with every visual token in its place, and labels."""
         if not conversation.context:
             raise UserError("the conversation is empty; add a user turn")
         input_ids, labels = self.encode_text(render(conversation, self.template))
         self._check_length(len(input_ids))
-        images = conversation.images
-        if input_ids.count(IMAGE_TOKEN_ID) != len(images) * self.tokens_per_image:
-            raise UserError(f"{len(images)} images do not fit the {IMAGE_TOKEN} placeholders of the conversation")
-        return Encoded(torch.tensor(input_ids), torch.tensor(labels), as_tensor(images, self.image_processor))
+        image_count = len(conversation.images)
+        if input_ids.count(IMAGE_TOKEN_ID) != image_count * self.tokens_per_image:
+            raise UserError(f"{image_count} images do not fit the {IMAGE_TOKEN} placeholders of the conversation")
+        return input_ids, labels
 
     def _check_length(self, length: int) -> None:
         if length > self.context_length:
