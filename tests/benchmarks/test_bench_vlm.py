@@ -18,7 +18,6 @@ import torch
 from vila_m3.answer import Answerer
 from vila_m3.checkpoint import load_checkpoint, load_processor, save_released
 from vila_m3.configuration import VilaM3Config
-from vila_m3.image_processor import image_processor_for
 from vila_m3.model import VilaM3ForConditionalGeneration
 from vila_m3.processor import VilaM3Processor, build_processor
 from vila_m3_common import prompts
@@ -65,7 +64,7 @@ def model() -> VilaM3ForConditionalGeneration:
 @pytest.fixture(scope="module")
 def processor(repository: Path, model: VilaM3ForConditionalGeneration) -> VilaM3Processor:
     tokenizer = load_processor(repository / "vila_m3_bundle/models/nano").tokenizer
-    return build_processor(tokenizer, model.config, image_processor_for(model.config))
+    return build_processor(tokenizer, model.config)
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +77,22 @@ def picture(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (384, 384, 3), dtype=np.uint8)
 
 
-def opening(cards: str, seed: int) -> Conversation:
+def opening(cards: str, seed: int, modality: str = "CT") -> Conversation:
     conversation = Conversation()
-    conversation.add("user", prompts.opening("CT", f"Is there a mass, case {seed}?", cards), [picture(seed)])
+    pictures = [picture(seed + number) for number in range(4 if modality == "MRI" else 1)]
+    conversation.add("user", prompts.opening(modality, f"Is there a mass, case {seed}?", cards), pictures)
     return conversation
+
+
+def feedback(modality: str) -> tuple[str, list[np.ndarray]]:
+    """The expert's turn, as trained, with its overlay where it has one."""
+    question = "Is there a mass?"
+    if modality == "CXR":
+        return prompts.cxr_feedback(dict.fromkeys(prompts.CXR_TRAINED_ORDER, 0.2), question, "trained"), []
+    if modality == "MRI":
+        colors = {1: "red", 2: "blue", 4: "yellow"}
+        return prompts.brats_feedback([1, 2, 4], colors, question, "trained"), [picture(90)]
+    return prompts.ct_feedback([("red", "liver"), ("blue", "hepatic tumor")], question, "trained"), [picture(90)]
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -100,27 +111,38 @@ def endless(model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, c
 def test_the_turn_after_feedback_starts_three_times_sooner(
     model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, cards: str
 ) -> None:
-    """Seconds to the first token of the answer to an expert's feedback, against encoding the conversation anew."""
-    talk = opening(cards, 1)
+    """Seconds to the first token of the answer to an expert's feedback, against encoding the conversation anew.
+
+    The aim is three times, in the middle of the three modalities; how much there is to save depends on how much
+    stands before the feedback (four images in MRI) and in it (an overlay of 196 tokens, or 18 lines of text).
+    """
+    ratios = {modality: _first_token_ratio(model, processor, cards, modality) for modality in ("CT", "MRI", "CXR")}
+    assert sorted(ratios.values())[1] >= 3
+    assert min(ratios.values()) > 2
+
+
+def _first_token_ratio(
+    model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, cards: str, modality: str
+) -> float:
+    talk = opening(cards, 1, modality)
     first, second = endless(model, processor, 16), endless(model, processor, 1, kept=0)
-    feedback = prompts.ct_feedback([("red", "liver"), ("blue", "hepatic tumor")], "Is there a mass?", "trained")
     ratios = []
     for _ in range(5):
         first._kept.clear()
         reply = "".join(first(talk))
         longer = Conversation([*talk.turns])
         longer.add("assistant", reply)
-        longer.add("expert", feedback, [picture(2)])
+        longer.add("expert", *feedback(modality))
         list(first(longer))
         list(second(longer))
         ratios.append(second.report.first_token_seconds / first.report.first_token_seconds)
-    report = first.report
-    ratio = statistics.median(ratios)
+    report, ratio = first.report, statistics.median(ratios)
     print(
-        f"\nfirst token after feedback: {report.prompt_token_count} tokens, {report.reused_token_count} reused, "
-        f"{report.first_token_seconds:.2f} s against {second.report.first_token_seconds:.2f} s, ratio {ratio:.1f}"
+        f"\nfirst token after feedback, {modality}: {report.prompt_token_count} tokens, {report.reused_token_count} "
+        f"reused, {report.first_token_seconds:.2f} s against {second.report.first_token_seconds:.2f} s, "
+        f"ratio {ratio:.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
     )
-    assert ratio >= 3
+    return ratio
 
 
 def test_a_batch_of_eight_has_twice_the_throughput(

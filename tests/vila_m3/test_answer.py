@@ -52,6 +52,14 @@ def test_the_next_turn_encodes_only_what_is_new(answerer: Answerer) -> None:
     assert report.prompt_token_count - report.reused_token_count < 40
 
 
+def test_without_kept_conversations_everything_is_encoded_anew(model: Any, processor: Any) -> None:
+    answerer = Answerer(model, processor, 2, kept_conversations=0)
+    for _ in range(3):
+        list(answerer.generate(conversation(FIRST)))
+        assert answerer.report.reused_token_count == 0
+        assert answerer.report.encoded_image_count == 2
+
+
 def test_an_image_shown_twice_is_encoded_once(answerer: Answerer) -> None:
     list(answerer(conversation(("user", "<image> <image> <image>", (1, 2, 1)))))
     assert answerer.report.encoded_image_count == 2
@@ -84,7 +92,7 @@ def test_interleaved_conversations_do_not_mix(model: Any, processor: Any, kept: 
             assert list(answerer.generate(talk)) == expected
             talk.add("assistant", processor.decode(expected))
             talk.add("user", question)
-    assert len(answerer._kept) <= max(1, kept)
+    assert len(answerer._kept) <= kept
 
 
 def test_every_template_end_and_eos_stops(model: Any, processor: Any) -> None:

@@ -119,7 +119,7 @@ def test_templates_render_the_recorded_strings(golden: Path, name: str) -> None:
 def processor_of(golden: Path, name: str) -> VilaM3Processor:
     folder, template = TOKENIZERS[name]
     config = VilaM3Config(chat_template=template, vision_config={"image_size": 14, "patch_size": 14})
-    return build_processor(load_tokenizer(golden / folder), config, image_processor_for(config))
+    return build_processor(load_tokenizer(golden / folder), config)
 
 
 @pytest.fixture(scope="module")

@@ -246,22 +246,20 @@ class Answerer:
         best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
         is_full = len(self._kept) >= self.kept_conversations
         if best is None or not (is_full or 2 * lengths[best] > len(self._kept[best].places)):
-            self._kept = self._kept[-(self.kept_conversations - 1) :] if self.kept_conversations > 1 else []
-            self._kept.append(_Kept(DynamicCache(config=self.model.config.text_config)))
-            self._forget_features(places)
-            return self._kept[-1], 0
-        kept = self._kept.pop(best)
-        surplus = kept.cache.get_seq_length() - lengths[best]
-        if surplus:
-            kept.cache.crop(-surplus)
-        del kept.places[lengths[best] :]
+            shared, kept = 0, _Kept(DynamicCache(config=self.model.config.text_config))
+        else:
+            shared, kept = lengths[best], self._kept.pop(best)
+            surplus = kept.cache.get_seq_length() - shared
+            if surplus:
+                kept.cache.crop(-surplus)
+            del kept.places[shared:]
         if self.kept_conversations:
-            self._kept.append(kept)
+            self._kept = [*self._kept, kept][-self.kept_conversations :]
         self._forget_features(places)
-        return kept, lengths[best]
+        return kept, shared
 
     def _forget_features(self, places: Sequence[Place]) -> None:
-        sequences = [places, *(kept.places for kept in self._kept)]
+        sequences = [places, *(kept.places for kept in self._kept)] if self.kept_conversations else []
         used = {place[0] for sequence in sequences for place in sequence if isinstance(place, tuple)}
         self._features = {digest: value for digest, value in self._features.items() if digest in used}
 

@@ -25,7 +25,6 @@ from transformers import GenerationConfig
 from vila_m3_common.errors import UserError, exits_with_message
 
 from .configuration import VilaM3Config
-from .image_processor import image_processor_for
 from .intern_vit import InternVitConfig
 from .model import VilaM3ForConditionalGeneration
 from .processor import VilaM3Processor, build_processor
@@ -367,9 +366,8 @@ def load_processor(checkpoint: str | Path, chat_template: str | None = None) -> 
     """
     folder = resolve_checkpoint(checkpoint)
     config = read_config(folder, chat_template)
-    stored = config.released_configs.get("preprocessor")
     tokenizer = load_tokenizer(folder / "llm" if is_released_layout(folder) else folder)
-    return build_processor(tokenizer, config, image_processor_for(config, stored))
+    return build_processor(tokenizer, config)
 
 
 def save_released(

@@ -155,15 +155,10 @@ def crop_centre(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def image_processor_for(config: VilaM3Config, stored: dict[str, Any] | None = None) -> VilaM3ImageProcessor:
-    """Make the image processor of a model.
-
-    Args:
-        config: the model's config.
-        stored: ``preprocessor_config.json`` of the vision tower; what it leaves open is the tower's default.
-    """
+def image_processor_for(config: VilaM3Config) -> VilaM3ImageProcessor:
+    """Make the image processor of a model: what its ``preprocessor_config.json`` leaves open is the tower's default."""
     mean, std, crops = TOWER_DEFAULTS[config.vision_config.model_type]
-    stored = stored or {}
+    stored = config.released_configs.get("preprocessor", {})
     return VilaM3ImageProcessor(
         size=config.image_size,
         image_mean=stored.get("image_mean", mean),

@@ -15,7 +15,7 @@ from vila_m3_common.conversation import IMAGE_TOKEN, Conversation
 from vila_m3_common.errors import UserError
 
 from .configuration import IGNORED_LABEL, IMAGE_TOKEN_ID, VilaM3Config
-from .image_processor import Picture, VilaM3ImageProcessor, as_tensor
+from .image_processor import Picture, VilaM3ImageProcessor, as_tensor, image_processor_for
 from .packing import expand_image_places, pad_rows
 from .tokenizer import encode_with_offsets
 
@@ -217,18 +217,15 @@ def pad_prompts(rows: Sequence[torch.Tensor], pad_id: int, side: str) -> dict[st
     }
 
 
-def build_processor(
-    tokenizer: PreTrainedTokenizerBase, config: VilaM3Config, image_processor: VilaM3ImageProcessor
-) -> VilaM3Processor:
+def build_processor(tokenizer: PreTrainedTokenizerBase, config: VilaM3Config) -> VilaM3Processor:
     """Make the processor that fits a model.
 
     Args:
         tokenizer: the tokenizer of its LLM.
         config: of the model.
-        image_processor: of its vision tower.
     """
     return VilaM3Processor(
-        image_processor,
+        image_processor_for(config),
         tokenizer,
         template_name=config.chat_template,
         tokens_per_image=config.tokens_per_image,

@@ -20,7 +20,6 @@ from vila_m3_common.errors import UserError
 
 from .checkpoint import load_checkpoint, load_processor, save_released
 from .configuration import IGNORED_LABEL
-from .image_processor import image_processor_for
 from .model import VilaM3ForConditionalGeneration, build_model
 from .nano_tokenizer import relate_phrases, train_tokenizer, wrap_tokenizer
 from .packing import pad_rows
@@ -75,7 +74,7 @@ def start_tokenizer(
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, model: VilaM3ForConditionalGeneration) -> VilaM3Processor:
     """Return the processor that fits a model."""
-    return build_processor(tokenizer, model.config, image_processor_for(model.config))
+    return build_processor(tokenizer, model.config)
 
 
 def make_conversations(volume_count: int, first_seed: int, cards: str, held_out: bool = False) -> ConversationMaker:
