@@ -103,7 +103,7 @@ class BratsFeedback:
         volume = load_sequence(request, self.overlay_sequence)
         grey = slices.scale_min_max(volume.array, float(volume.array.min()), float(volume.array.max()))
         view = view_segmentation(labels, volume, grey, LABEL_NAMES, request, "BRATS")
-        regions = measure_regions(labels, volume.affine, request.axis)
+        regions = measure_regions(labels, volume.affine, request.axis, view.midline)
         return ExpertResult(
             text=prompts.brats_feedback(list(view.colors), view.colors, request.question, self.variant),
             images=(view.picture,),
@@ -124,13 +124,16 @@ def load_sequence(request: ExpertRequest, sequence: str) -> Volume:
     return replace(volume, array=volume.array[..., channel])
 
 
-def measure_regions(labels: np.ndarray, affine: np.ndarray, axis: int) -> list[dict[str, Any]]:
+def measure_regions(
+    labels: np.ndarray, affine: np.ndarray, axis: int, midline: float | None = None
+) -> list[dict[str, Any]]:
     """Measure tumour core and whole tumour.
 
     Args:
         labels: ``(X, Y, Z)`` BraTS ids.
         affine: ``(4, 4)``, voxel index to RAS position in mm.
-        axis: RAS axis of the largest slice.
+        axis: RAS axis of the slices that are measured.
+        midline: RAS x in mm of the plane between left and right; None leaves the side out.
 
     Returns:
         Rows as of :func:`vila_m3_common.measure.measure_labels`, with ``labels`` (the ids of the region) in
@@ -139,7 +142,7 @@ def measure_regions(labels: np.ndarray, affine: np.ndarray, axis: int) -> list[d
     rows = []
     for name, ids in REGION_LABELS.items():
         inside = np.isin(labels, ids).astype(np.uint8)
-        for row in measure_labels(inside, affine, {1: name}, axis=axis):
+        for row in measure_labels(inside, affine, {1: name}, axis=axis, midline=midline):
             del row["label"]
             rows.append({**row, "labels": list(ids)})
     return rows
