@@ -18,7 +18,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from vila_m3_common.errors import UserError
 from vila_m3_common.standalone import make_output_dir
 
-from .transforms import REGIONS
+from .labels import REGIONS
 
 
 class RegionReport:
