@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from stored_axes import stored_as
 
 from brats_expert.expert import BratsRequest
 from brats_expert.sequences import CLEARLY_BETTER, BrainScan, check_scan, judge_order, load_scan, scan_notes
@@ -53,12 +53,6 @@ def write(tmp_path: Path, phantom: VolumePhantom) -> Callable[..., list[str]]:
 def write_four_d(path: Path, phantom: VolumePhantom, order=(0, 1, 2, 3)) -> str:
     nib.save(nib.Nifti1Image(np.moveaxis(phantom.image[list(order)], 0, -1), phantom.affine), path)
     return str(path)
-
-
-def stored_as(array: np.ndarray, affine: np.ndarray, codes: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same voxels at the same positions, stored along other axes."""
-    change = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(codes)))
-    return apply_orientation(array, change), affine @ inv_ornt_aff(change, array.shape)
 
 
 def request(*paths: str) -> ExpertRequest:

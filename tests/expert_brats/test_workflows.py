@@ -11,10 +11,11 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
+from stored_axes import stored_as
 
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.hooks import BundleExpert
-from vila_m3_common.phantoms import mri_phantom, save_mri
+from vila_m3_common.phantoms import mri_phantom, save_mri, save_volume
 from vila_m3_common.volumes import load_volume
 from vila_m3_common.weights import read_state_dict
 
@@ -105,6 +106,42 @@ def test_tumor_of_an_unseen_phantom_is_segmented(expert, tmp_path):
     found, true = load_volume(result.label_map_path).array > 0, phantom.labels > 0
     assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.8
     assert "whole tumor is largest in axial slice" in result.notes[0]
+
+
+def turned(affine):
+    angles = np.radians((15, -10))
+    about_z, about_x = np.eye(4), np.eye(4)
+    about_z[:2, :2] = [[np.cos(angles[0]), -np.sin(angles[0])], [np.sin(angles[0]), np.cos(angles[0])]]
+    about_x[1:3, 1:3] = [[np.cos(angles[1]), -np.sin(angles[1])], [np.sin(angles[1]), np.cos(angles[1])]]
+    return about_x @ about_z @ affine
+
+
+GEOMETRIES = {
+    "LPS": lambda array, affine: stored_as(array, affine, "LPS"),
+    "sagittal slices": lambda array, affine: stored_as(array, affine, "PSR"),
+    "oblique": lambda array, affine: (array, turned(affine)),
+    "thick oblique slices, LPI": lambda array, affine: stored_as(
+        array[:, :, ::2], turned(affine) @ np.diag([1, 1, 2, 1.0]), "LPI"
+    ),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_label_map_fits_the_scan_in_every_geometry(expert, tmp_path, geometry):
+    phantom = mri_phantom(300_001, has_tumor=True)  # the tumour lies on the right
+    store = GEOMETRIES[geometry]
+    for name, channel in zip(SEQUENCE_FILES, phantom.image, strict=True):
+        save_volume(*store(channel, phantom.affine), tmp_path / name)
+    true, affine = store(phantom.labels, phantom.affine)
+    result = expert.run(ExpertRequest(paths_of(tmp_path), output_dir=str(tmp_path)))
+    saved = nib.load(result.label_map_path)
+    np.testing.assert_allclose(saved.affine, affine, atol=1e-4)
+    found, true = np.asarray(saved.dataobj) > 0, true > 0
+    assert found.shape == true.shape
+    assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.8
+    row = next(row for row in result.measurements if row["name"] == "whole tumor")
+    assert row["volume_ml"] == pytest.approx(true.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000, rel=0.2)
+    assert row["side"] == "right"
 
 
 def test_phantom_without_tumor_gets_no_label(expert, tmp_path):
