@@ -6,7 +6,7 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import SegResNet
 from torch import nn
 
-from brats_expert.slabs import SlabInferer, convolve_slabs, run_in_slabs
+from brats_expert.slabs import Moments, SlabInferer, convolve, convolve_planes, run_in_slabs
 
 # Sums in another order differ in the last digits of float32; logits are of order 1.
 TOLERANCE = 1e-5
@@ -49,14 +49,37 @@ def test_a_convolution_in_slabs_is_the_convolution(kernel: int, stride: int, sla
     features = torch.randn(2, 2, 11, 8, 6)
     with torch.no_grad():
         expected = conv(torch.relu(features))
-        found = convolve_slabs(features, conv, slab_size, torch.relu)
-        summed = convolve_slabs(features, conv, slab_size, torch.relu, added_to=torch.ones_like(expected))
+        found = convolve(features, conv, slab_size, torch.relu)
     assert torch.allclose(found, expected, rtol=0, atol=1e-6)
-    assert torch.allclose(summed, expected + 1, rtol=0, atol=1e-6)
+
+
+def test_planes_of_a_cut_map_need_their_neighbours() -> None:
+    conv, features = nn.Conv3d(2, 3, 3, padding=1), torch.randn(1, 2, 11, 8, 6)
+    with torch.no_grad():
+        found = convolve_planes(features[:, :, 3:8], conv, 1, 4, is_cut=(True, True))
+        assert torch.allclose(found, conv(features)[:, :, 4:7], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="planes 0 to 4 need neighbours that are not at hand"):
+        convolve_planes(features[:, :, 3:8], conv, 0, 4, is_cut=(True, True))
+
+
+def test_moments_gathered_in_slabs_are_those_of_the_whole() -> None:
+    features = torch.randn(2, 16, 13, 6, 5) * 3 + 40  # a mean far above the deviation is where sums of squares fail
+    mean, variance = Moments.of(features, 4).grouped(8)
+    groups = features.double().reshape(2, 8, -1)
+    assert torch.allclose(mean[:, ::2], groups.mean(dim=2), atol=1e-5)
+    assert torch.allclose(variance[:, ::2], groups.var(dim=2, unbiased=False), rtol=1e-5)
+    assert torch.equal(mean[:, ::2], mean[:, 1::2])
+
+
+@pytest.mark.parametrize("mode", ["deconv", "pixelshuffle"])
+def test_other_ways_of_upsampling_give_the_same_logits(mode: str) -> None:
+    network, image = make_network(upsample_mode=mode), torch.randn(1, 4, 16, 16, 8)
+    with torch.no_grad():
+        assert torch.allclose(run_in_slabs(network, image, 3), network(image), rtol=0, atol=TOLERANCE)
 
 
 def test_the_sliding_window_in_slabs_gives_the_same_logits() -> None:
-    network, image = make_network(), torch.randn(1, 4, 30, 20, 18)
+    network, image = make_network(), torch.randn(1, 4, 24, 16, 14)
     with torch.no_grad():
         expected = SlidingWindowInferer(roi_size=(16, 16, 16), overlap=0.5)(image, network)
         found = SlabInferer(roi_size=[16, 16, 16], overlap=0.5, slab_size=4)(image, network)
