@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Invertd
+from monai.transforms import Invertd, LoadImage
 from stored_axes import stored_as
 
 from brats_expert.transforms import LoadRegionsd, LoadSequencesd, RandTissueContrastd, RegionsToLabelsd, network_grid
@@ -82,6 +82,13 @@ def test_image_and_regions_lie_on_one_grid(loaded):
     for region, ids in zip(item["label"], ((1, 4), (1, 2, 4), (4,)), strict=True):
         assert np.array_equal(region.numpy() > 0, np.isin(labels, ids))
     assert item["label"].meta["filename_or_obj"].endswith("label.nii.gz")
+
+
+def test_the_voxels_are_those_that_monais_reader_gives(loaded, small_phantom):
+    paths = [str(small_phantom / name) for name in ("t1c.nii.gz", "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz")]
+    expected = LoadImage(image_only=True)(paths)
+    assert torch.equal(loaded["image"].as_tensor(), expected.as_tensor().float())
+    assert torch.allclose(loaded["image"].affine, expected.affine)
 
 
 @pytest.mark.parametrize(
