@@ -111,6 +111,8 @@ class Agent:
         cards: the trained model cards; cards of further experts are added.
         variant: ``trained`` or ``served`` form of the opening.
         max_expert_calls: bound on the calls of one question.
+        tells_measurements: whether the expert turn holds the measurements too; no released weights
+            were trained with them.
     """
 
     def __init__(
@@ -120,12 +122,14 @@ class Agent:
         cards: str,
         variant: prompts.Variant = "trained",
         max_expert_calls: int = 4,
+        tells_measurements: bool = False,
     ) -> None:
         self.answer = answer
         self.experts = dict(experts)
         self.cards = add_cards(cards, [expert.card for expert in experts.values()])
         self.variant = variant
         self.max_expert_calls = max_expert_calls
+        self.tells_measurements = tells_measurements
         self._results: dict[tuple[object, ...], tuple[str, ExpertResult]] = {}
 
     def ask(self, session: Session, question: str, listener: Listener | None = None) -> str:
@@ -226,6 +230,9 @@ class Agent:
             if cause is None:
                 logger.exception("expert %s failed", trigger.name)
             return _failed(trigger, str(cause) if cause else f"it failed ({type(error).__name__})", question)
+        if self.tells_measurements:
+            told = prompts.add_measurements(result.text, result.measurements, question)
+            result = dataclasses.replace(result, text=told)
         self._results[key] = (question, result)
         return ExpertCall(trigger, result, False)
 

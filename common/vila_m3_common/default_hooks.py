@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,14 +77,22 @@ class DefaultHooks:
             return self._classified(prediction.ravel(), request)
         labels = prediction[0] if prediction.shape[0] == 1 else prediction.argmax(axis=0)
         volume = load_volume(request.image_paths[0])
-        if labels.shape != volume.array.shape[:3]:
+        if volume.array.ndim == 4:
+            volume = replace(volume, array=volume.array[..., 0])
+        if labels.shape != volume.array.shape:
             raise UserError(
-                f"{self.card.name} returned a label map of {labels.shape} for an image of {volume.array.shape[:3]}; "
+                f"{self.card.name} returned a label map of {labels.shape} for an image of {volume.array.shape}; "
                 "its post-processing must invert the resampling (Invertd)"
             )
         names = {index: name for index, name in self.names.items() if index > 0}
         view = view_segmentation(
-            np.rint(labels).astype(np.int32), volume, _grey(volume.array, self.card), names, request, self.card.name
+            np.rint(labels).astype(np.int32),
+            volume,
+            _grey(volume.array, self.card),
+            names,
+            request,
+            self.card.name,
+            is_ct=self.card.study_modality == "CT",
         )
         pairs = [(color, names[label]) for label, color in view.colors.items() if label in names]
         return ExpertResult(

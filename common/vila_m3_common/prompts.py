@@ -8,7 +8,7 @@ small ways; it is kept so that the difference can be measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
 Variant = Literal["trained", "served"]
 
@@ -141,6 +141,49 @@ def _is_positive(score: float, is_trained: bool) -> bool:
 def _respond(question: str, variant: Variant) -> str:
     stop = "." if variant == "trained" else ""
     return f"Use this result to respond to this prompt:\n{question}{stop}"
+
+
+# More structures would fill the context (`everything` names 117).
+MAX_MEASURED_STRUCTURES = 12
+
+
+def add_measurements(text: str, measurements: Sequence[Mapping[str, Any]], question: str) -> str:
+    """Return an expert turn with the measurements before its closing instruction.
+
+    No released weights were trained on such text; it is for models that reason over numbers.
+
+    Args:
+        text: an expert turn that ends with the question, as the functions above make it.
+        measurements: rows of :func:`vila_m3_common.measure.measure_labels`; the first
+            ``MAX_MEASURED_STRUCTURES`` by volume are told, without rows the text stays as it is.
+        question: the user's question.
+    """
+    endings = [_respond(question, variant) for variant in get_args(Variant)]
+    ending = next((ending for ending in endings if text.endswith(ending)), "")
+    if not measurements or not ending:
+        return text
+    largest = sorted(measurements, key=lambda row: -row.get("volume_ml", 0.0))[:MAX_MEASURED_STRUCTURES]
+    told = "; ".join(_measurement_text(row) for row in largest)
+    left_out = len(measurements) - len(largest)
+    more = f"; and {left_out} smaller structures" if left_out else ""
+    return f"{text.removesuffix(ending)}Measurements: {told}{more}. {ending}"
+
+
+def _measurement_text(row: Mapping[str, Any]) -> str:
+    """Tell what a row holds; experts of other makers may measure less."""
+    parts = [row["name"]]
+    if "volume_ml" in row:
+        parts.append(f"{row['volume_ml']:g} mL")
+    if row.get("component_count", 1) > 1:
+        parts.append(f"{row['component_count']} separate parts")
+    if "longest_diameter_mm" in row:
+        perpendicular = f" x {row['perpendicular_diameter_mm']:g}" if "perpendicular_diameter_mm" in row else ""
+        parts.append(f"longest {row['longest_diameter_mm']:g}{perpendicular} mm")
+    if "mean_hu" in row:
+        parts.append(f"mean {row['mean_hu']:g} HU")
+    if "side" in row:
+        parts.append("both sides" if row["side"] == "both" else f"{row['side']} side")
+    return ", ".join(parts)
 
 
 def not_available(name: str, available: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import overlay, slices
 from .expert import ExpertRequest
-from .measure import measure_labels
+from .measure import find_midline, measure_labels
 from .volumes import Volume
 
 
@@ -26,6 +26,7 @@ class SegmentationView:
         overlay_path: the overlay with legend for people.
         label_map_path: the NIfTI label map in the input's geometry.
         measurements: see :func:`vila_m3_common.measure.measure_labels`.
+        midline: RAS x in mm of the plane between left and right.
         notes: where findings lie outside the slice.
     """
 
@@ -34,6 +35,7 @@ class SegmentationView:
     overlay_path: Path
     label_map_path: Path
     measurements: list[dict[str, Any]]
+    midline: float
     notes: list[str] = field(default_factory=list)
 
 
@@ -45,7 +47,7 @@ def view_segmentation(
     request: ExpertRequest,
     title: str,
     findings: tuple[str, ...] = (),
-    with_intensity: bool = False,
+    is_ct: bool = False,
 ) -> SegmentationView:
     """Save a label map, draw its overlays and measure it.
 
@@ -57,13 +59,14 @@ def view_segmentation(
         request: slice, axis and output files.
         title: caption of the overlay figure.
         findings: structures whose position is worth a note when the slice misses them (tumours).
-        with_intensity: whether to measure the mean of ``volume`` inside each label (HU for CT).
+        is_ct: whether ``volume`` is in HU, so that the mean inside each label is measured.
     """
     affine = volume.affine
     label_path = request.file("_labels.nii.gz")
     nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), label_path)
-    image = volume.array if with_intensity else None
-    measurements = measure_labels(labels, affine, names, image, request.axis)
+    midline = find_midline(volume.array, affine)
+    image = volume.array if is_ct else None
+    measurements = measure_labels(labels, affine, names, image, request.axis, midline)
     ras_labels, ras_grey = slices.to_ras(labels, affine), slices.to_ras(grey_volume, affine)
     index = slices.check_slice(ras_labels.shape, request.slice_index, request.axis)
     grey = slices.take_slice(ras_grey, index, request.axis)
@@ -75,7 +78,8 @@ def view_segmentation(
     overlay_path = request.file("_overlay.png")
     figure.save(overlay_path)
     notes = slice_notes(measurements, findings, {names.get(label) for label in colors}, index)
-    return SegmentationView(colors, overlay.blend(grey, plane, colors), overlay_path, label_path, measurements, notes)
+    picture = overlay.blend(grey, plane, colors)
+    return SegmentationView(colors, picture, overlay_path, label_path, measurements, midline, notes)
 
 
 def slice_notes(

@@ -151,11 +151,17 @@ def _open_sequences(paths: Sequence[Path], modality: str | None) -> Study:
         )
     else:
         ordered = [found[sequence] for sequence in SEQUENCES]
-    shapes = {path.name: load_volume(path).array.shape for path in ordered}
+    shapes = {path.name: _ras_shape(path) for path in ordered}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise UserError(f"the MRI sequences have different shapes: {listed}; register and resample them to one grid")
     return Study("MRI", tuple(ordered), "user" if modality else "sequences", notes)
+
+
+def _ras_shape(path: Path) -> tuple[int, ...]:
+    """Return the shape that sequences of one grid share, whatever axes each of them is stored along."""
+    volume = load_volume(path)
+    return slices.to_ras(volume.array, volume.affine).shape
 
 
 def _open_volume(path: Path, modality: str | None) -> Study:

@@ -6,11 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.data import load_decathlon_datalist
 from tqdm import tqdm
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.phantoms import mri_phantom, save_mri, save_volume
+from vila_m3_common.training import is_main_process
 
 # First phantom seed of each section; far apart, so that no section ever shares a phantom with another.
 SECTION_SEEDS = {"training": 0, "validation": 100_000, "test": 200_000}
@@ -21,8 +23,9 @@ def list_cases(dataset_dir: str | Path, section: str, phantom_count: int) -> lis
     """Return the cases of one section.
 
     ``dataset_dir/datalist.json`` is used when it is there: Decathlon form, ``image`` a list of four files
-    (T1c, T1, T2, FLAIR) or one 4-D file, ``label`` a map of 1, 2 and 4, paths relative to the folder.
-    Otherwise phantoms are used; those that are not in the folder yet are written.
+    (T1c, T1, T2, FLAIR) or one 4-D file, ``label`` a label map, paths relative to the folder.
+    Otherwise phantoms are used; those that are not in the folder yet are written, by the main process
+    of a training on several GPUs.
 
     Args:
         dataset_dir: folder of the list, or of the phantoms.
@@ -41,9 +44,12 @@ def list_cases(dataset_dir: str | Path, section: str, phantom_count: int) -> lis
     if datalist.is_file():
         return _listed_cases(datalist, section)
     seeds = range(SECTION_SEEDS[section], SECTION_SEEDS[section] + phantom_count)
-    missing = [seed for seed in seeds if not _phantom_folder(dataset_dir, seed).is_dir()]
-    for seed in tqdm(missing, desc=f"writing {section} phantoms", disable=not missing):
-        _write_phantom(_phantom_folder(dataset_dir, seed), seed)
+    if is_main_process():
+        missing = [seed for seed in seeds if not _phantom_folder(dataset_dir, seed).is_dir()]
+        for seed in tqdm(missing, desc=f"writing {section} phantoms", disable=not missing):
+            _write_phantom(_phantom_folder(dataset_dir, seed), seed)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the others wait until the main process has written
     return [_phantom_case(_phantom_folder(dataset_dir, seed)) for seed in seeds]
 
 

@@ -17,12 +17,15 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.standalone import make_output_dir
+from vila_m3_common.training import is_main_process
 
-from .transforms import REGIONS
+from .labels import REGIONS
 
 
 class RegionReport:
     """Collects Dice and HD95 of every case during an evaluation and writes ``metrics.json`` at its end.
+
+    Of several processes each measures its own cases, and rank 0 writes those of all.
 
     The evaluator's output holds ``pred`` and ``label``, each ``(3, X, Y, Z)`` of 0 and 1 in the order of
     ``REGIONS``, on the grid of the label file.
@@ -48,11 +51,24 @@ class RegionReport:
             self.cases.append(measure_case(item["pred"], item["label"], self.with_hd95))
 
     def _write(self, _engine: Engine) -> None:
-        report = {**summarize(self.cases), "cases": self.cases}
+        cases = gather_cases(self.cases)
+        if not is_main_process():
+            return
+        report = {**summarize(cases), "cases": cases}
         path = self.output_dir / "metrics.json"
         path.write_text(json.dumps(report, indent=2))
         print(json.dumps({key: value for key, value in report.items() if key != "cases"}, indent=2))
         print(f"written to {path}")
+
+
+def gather_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the cases of all processes by name, those of this one when there is no other."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return cases
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, cases)
+    return sorted((case for part in parts for case in part), key=lambda case: case["case"])
 
 
 def measure_case(prediction: MetaTensor, truth: MetaTensor, with_hd95: bool = True) -> dict[str, Any]:
@@ -60,13 +76,13 @@ def measure_case(prediction: MetaTensor, truth: MetaTensor, with_hd95: bool = Tr
 
     Args:
         prediction: ``(3, X, Y, Z)`` of 0 and 1.
-        truth: the same; its affine gives the voxel size in mm.
+        truth: the same, not a number in a region that the data does not label; its affine gives the voxel size in mm.
         with_hd95: whether to compute the surface distance.
 
     Returns:
         ``case``, ``has_tumor`` and ``is_found`` (any voxel of whole tumour in truth and in prediction),
         ``dice`` and, if asked for, ``hd95_mm``, each region -> value. Dice is None where the region is empty
-        in the truth, HD95 where it is empty in truth or prediction.
+        in the truth or not labelled, HD95 also where it is empty in the prediction.
     """
     predicted, true = (volume.as_tensor()[None] > 0 for volume in (prediction, truth))
     whole = REGIONS.index("whole tumor")
@@ -83,7 +99,7 @@ def measure_case(prediction: MetaTensor, truth: MetaTensor, with_hd95: bool = Tr
 
 
 def _hausdorff95(predicted: torch.Tensor, true: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:
-    """Return HD95 in mm, ``(1, 3)``, not a number where a region is empty on either side."""
+    """Return HD95 in mm, ``(1, 3)``, not a number where a region is empty on either side; unlabelled ones are."""
     both = [bool(predicted[0, channel].any() and true[0, channel].any()) for channel in range(len(REGIONS))]
     distances = torch.full((1, len(REGIONS)), math.nan)
     if any(both):

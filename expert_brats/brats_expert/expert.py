@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,62 +13,37 @@ from vila_m3_common.expert import ExpertRequest, ExpertResult
 from vila_m3_common.measure import measure_labels
 from vila_m3_common.segmentation import slice_notes, view_segmentation
 from vila_m3_common.study import SEQUENCES
-from vila_m3_common.volumes import Volume, load_volume
+from vila_m3_common.volumes import Volume
 
-LABEL_NAMES = {1: "necrotic and non-enhancing tumor core", 2: "peritumoral edema", 4: "enhancing tumor"}
-# The evaluation regions of the BraTS challenge that consist of several labels (Menze 2015, Bakas 2017).
-REGION_LABELS = {"tumor core": (1, 4), "whole tumor": (1, 2, 4)}
+from .labels import LABEL_NAMES, REGION_LABELS
+from .sequences import check_scan, load_scan, scan_notes
 
 
-def expert_request(request: ExpertRequest) -> dict[str, Any]:
-    """Return the dataset item for a request.
+class BratsRequest:
+    """Turns a request into the dataset item, after checking that the network can read the images.
 
     Args:
-        request: with four image paths in the order T1c, T1, T2, FLAIR, or with one 4-D file of these
-            sequences (channels last).
-
-    Returns:
-        ``{"image": ...}``, the list of four files or the one file, as ``LoadImaged`` reads them.
-
-    Raises:
-        UserError: if the images are not four sequences on one grid.
+        sequence_order: see :func:`brats_expert.sequences.load_scan`.
     """
-    paths = list(request.image_paths)
-    if len(paths) == len(SEQUENCES):
-        _check_one_grid(paths)
-        return {"image": paths}
-    if len(paths) == 1:
-        _check_channels(load_volume(paths[0]))
-        return {"image": paths[0]}
-    raise UserError(
-        f"BRATS was given {len(paths)} images; give four files (T1c, T1, T2, FLAIR) or one 4-D file of them"
-    )
 
+    def __init__(self, sequence_order: Sequence[str] | None = None) -> None:
+        self.sequence_order = sequence_order
 
-def _check_one_grid(paths: list[str]) -> None:
-    volumes = [load_volume(path) for path in paths]
-    first = volumes[0]
-    for volume in volumes:
-        if volume.array.ndim != 3:
-            raise UserError(f"{volume.path.name} has shape {volume.array.shape}; each of the four sequences is 3-D")
-        if volume.array.shape != first.array.shape or not np.allclose(volume.affine, first.affine):
-            raise UserError(
-                f"{volume.path.name} {volume.array.shape} and {first.path.name} {first.array.shape} do not lie on the "
-                "same grid; register the sequences and resample them to the T1c"
-            )
+    def __call__(self, request: ExpertRequest) -> dict[str, Any]:
+        """Return the dataset item for a request.
 
+        Args:
+            request: with four image paths, or with one 4-D file of the sequences (channels last).
 
-def _check_channels(volume: Volume) -> None:
-    shape = volume.array.shape
-    if len(shape) != 4 or shape[3] != len(SEQUENCES):
-        raise UserError(
-            f"{volume.path.name} has shape {shape}; BRATS needs (x, y, z, 4) with T1c, T1, T2, FLAIR, or four files"
-        )
-    for channel, name in enumerate(SEQUENCES):
-        if float(np.ptp(volume.array[..., channel])) == 0:
-            raise UserError(
-                f"channel {channel} ({name}) of {volume.path.name} is constant; BRATS needs all four sequences"
-            )
+        Returns:
+            ``{"image": ...}``, the list of four files or the one file.
+
+        Raises:
+            UserError: if the images are not four sequences on one grid, in the order they are said to have.
+        """
+        paths = list(request.image_paths)
+        check_scan(load_scan(paths, self.sequence_order))
+        return {"image": paths if len(paths) > 1 else paths[0]}
 
 
 class BratsFeedback:
@@ -78,18 +52,25 @@ class BratsFeedback:
     Args:
         variant: form of the text, see :mod:`vila_m3_common.prompts`.
         overlay_sequence: the sequence below the overlay: ``t1c``, ``t1``, ``t2`` or ``flair``.
+        sequence_order: as given to :class:`BratsRequest`.
 
     Raises:
         UserError: if variant or sequence is unknown.
     """
 
-    def __init__(self, variant: prompts.Variant = "trained", overlay_sequence: str = "t1c") -> None:
+    def __init__(
+        self,
+        variant: prompts.Variant = "trained",
+        overlay_sequence: str = "t1c",
+        sequence_order: Sequence[str] | None = None,
+    ) -> None:
         if overlay_sequence not in SEQUENCES:
             raise UserError(f"unknown overlay_sequence {overlay_sequence!r}; allowed: {', '.join(SEQUENCES)}")
         if variant not in ("trained", "served"):
             raise UserError(f"unknown feedback_variant {variant!r}; allowed: trained, served")
         self.variant = variant
         self.overlay_sequence = overlay_sequence
+        self.sequence_order = sequence_order
 
     def __call__(self, output: Mapping[str, Any]) -> ExpertResult:
         """Describe one run.
@@ -100,10 +81,11 @@ class BratsFeedback:
         """
         request = ExpertRequest.from_json(output["request"])
         labels = np.asarray(output["pred"].cpu())[0].astype(np.uint8)
-        volume = load_sequence(request, self.overlay_sequence)
+        scan = load_scan(request.image_paths, self.sequence_order)
+        volume = scan.volume(self.overlay_sequence)
         grey = slices.scale_min_max(volume.array, float(volume.array.min()), float(volume.array.max()))
         view = view_segmentation(labels, volume, grey, LABEL_NAMES, request, "BRATS")
-        regions = measure_regions(labels, volume.affine, request.axis)
+        regions = measure_regions(labels, volume.affine, request.axis, view.midline)
         return ExpertResult(
             text=prompts.brats_feedback(list(view.colors), view.colors, request.question, self.variant),
             images=(view.picture,),
@@ -111,26 +93,20 @@ class BratsFeedback:
             label_map_path=view.label_map_path,
             legend={color: LABEL_NAMES.get(label, f"label {label}") for label, color in view.colors.items()},
             measurements=view.measurements + regions,
-            notes=_notes(regions, bool(view.colors), _slice_index(request, volume)),
+            notes=[*_notes(regions, bool(view.colors), _slice_index(request, volume)), *scan_notes(scan)],
         )
 
 
-def load_sequence(request: ExpertRequest, sequence: str) -> Volume:
-    """Return one sequence of a request as a 3-D volume, wherever it is stored."""
-    channel = SEQUENCES.index(sequence)
-    if len(request.image_paths) > 1:
-        return load_volume(request.image_paths[channel])
-    volume = load_volume(request.image_paths[0])
-    return replace(volume, array=volume.array[..., channel])
-
-
-def measure_regions(labels: np.ndarray, affine: np.ndarray, axis: int) -> list[dict[str, Any]]:
+def measure_regions(
+    labels: np.ndarray, affine: np.ndarray, axis: int, midline: float | None = None
+) -> list[dict[str, Any]]:
     """Measure tumour core and whole tumour.
 
     Args:
         labels: ``(X, Y, Z)`` BraTS ids.
         affine: ``(4, 4)``, voxel index to RAS position in mm.
-        axis: RAS axis of the largest slice.
+        axis: RAS axis of the slices that are measured.
+        midline: RAS x in mm of the plane between left and right; None leaves the side out.
 
     Returns:
         Rows as of :func:`vila_m3_common.measure.measure_labels`, with ``labels`` (the ids of the region) in
@@ -139,7 +115,7 @@ def measure_regions(labels: np.ndarray, affine: np.ndarray, axis: int) -> list[d
     rows = []
     for name, ids in REGION_LABELS.items():
         inside = np.isin(labels, ids).astype(np.uint8)
-        for row in measure_labels(inside, affine, {1: name}, axis=axis):
+        for row in measure_labels(inside, affine, {1: name}, axis=axis, midline=midline):
             del row["label"]
             rows.append({**row, "labels": list(ids)})
     return rows

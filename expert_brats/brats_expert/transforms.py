@@ -3,14 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import Compose, CropForegroundd, MapTransform, Orientationd, RandomizableTransform, Spacingd
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    LoadImage,
+    MapTransform,
+    Orientationd,
+    RandomizableTransform,
+    Spacingd,
+)
 
-# Regions in the order of the network's output channels.
-REGIONS = ("tumor core", "whole tumor", "enhancing tumor")
+from vila_m3_common.errors import UserError
+from vila_m3_common.volumes import Volume
+
+from .labels import REGIONS, labels_to_regions, region_ids, regions_to_labels
+from .sequences import align, check_scan, load_scan
+
+
+class LoadSequencesd(MapTransform):
+    """Read the four sequences of a patient as one image ``(4, X, Y, Z)``: T1c, T1, T2, FLAIR on the grid of the T1c.
+
+    In place of MONAI's ``LoadImaged``: sequences stored along other axes are turned instead of refused, their order
+    is checked, and files that were read already come from memory.
+
+    Args:
+        keys: items that are a list of four files (or DICOM folders), or one 4-D file.
+        sequence_order: see :func:`brats_expert.sequences.load_scan`.
+    """
+
+    def __init__(self, keys: KeysCollection, sequence_order: Sequence[str] | None = None) -> None:
+        super().__init__(keys)
+        self.sequence_order = sequence_order
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of ``data`` with images in place of paths."""
+        items = dict(data)
+        for key in self.key_iterator(items):
+            paths = [items[key]] if isinstance(items[key], (str, Path)) else list(items[key])
+            scan = load_scan(paths, self.sequence_order)
+            check_scan(scan)
+            image = torch.from_numpy(np.stack(scan.channels))
+            items[key] = MetaTensor(
+                image, affine=torch.from_numpy(scan.affine), meta={"filename_or_obj": str(scan.path)}
+            )
+        return items
+
+
+class LoadRegionsd(MapTransform):
+    """Read a label map as the three regions ``(3, X, Y, Z)``, on the grid of an image that was loaded before.
+
+    Args:
+        keys: items that are label map files.
+        image_key: the image, ``(C, X, Y, Z)``.
+        convention: release of BraTS that the ids follow, see :mod:`brats_expert.labels`.
+        needs_all_regions: whether to refuse a release that does not draw all three regions, as training must.
+
+    Raises:
+        UserError: if the convention is unknown or lacks a region that is needed.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, image_key: str, convention: str = "brats2018", needs_all_regions: bool = True
+    ) -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+        self.convention = convention
+        missing = [name for name, ids in zip(REGIONS, region_ids(convention), strict=True) if ids is None]
+        if missing and needs_all_regions:
+            raise UserError(f"{convention} labels no {', '.join(missing)}; training needs all of {', '.join(REGIONS)}")
+        self._load = LoadImage(image_only=True, dtype=None)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of ``data`` with regions in place of paths."""
+        items = dict(data)
+        image = items[self.image_key]
+        for key in self.key_iterator(items):
+            labels = self._load(str(items[key]))
+            array = labels.numpy()[..., 0] if labels.ndim == 4 and labels.shape[3] == 1 else labels.numpy()
+            stored = Volume(array, labels.affine.numpy(), Path(items[key]))
+            target = Volume(image[0].numpy(), image.affine.numpy(), Path(image.meta["filename_or_obj"]))
+            turned = torch.from_numpy(np.ascontiguousarray(align(stored, target)))
+            items[key] = MetaTensor(
+                labels_to_regions(turned[None], self.convention),
+                affine=image.affine,
+                meta={"filename_or_obj": str(items[key])},
+            )
+        return items
 
 
 def network_grid(
@@ -35,26 +120,8 @@ def network_grid(
     )
 
 
-def regions_to_labels(regions: torch.Tensor) -> torch.Tensor:
-    """Turn the three nested regions into one label map.
-
-    Args:
-        regions: ``(3, X, Y, Z)`` tumour core, whole tumour, enhancing tumour; non-zero is inside.
-
-    Returns:
-        ``(1, X, Y, Z)`` uint8: 1 necrotic and non-enhancing core, 2 oedema, 4 enhancing tumour, 0 elsewhere.
-        Where the regions are not nested, enhancing tumour wins over core, and core over whole tumour.
-    """
-    core, whole, enhancing = regions > 0
-    labels = torch.zeros_like(whole, dtype=torch.uint8)
-    labels[whole] = 2
-    labels[core] = 1
-    labels[enhancing] = 4
-    return labels[None]
-
-
 class RegionsToLabelsd(MapTransform):
-    """Dictionary form of :func:`regions_to_labels`."""
+    """Dictionary form of :func:`brats_expert.labels.regions_to_labels`."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return a copy of ``data`` with the label map in place of the regions."""

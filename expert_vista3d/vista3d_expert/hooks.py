@@ -78,7 +78,7 @@ class Vista3dFeedback:
             request=request,
             title="VISTA3D",
             findings=tumor_names(),
-            with_intensity=True,
+            is_ct=True,
         )
         pairs = [(color, names[label]) for label, color in view.colors.items() if label in names]
         return ExpertResult(

@@ -1,5 +1,6 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,12 @@ class ScriptedVlm:
 class FakeExpert:
     """Counts its runs; writes one file for each."""
 
-    def __init__(self, card: ModelCard, fail: Exception | None = None) -> None:
+    def __init__(
+        self, card: ModelCard, fail: Exception | None = None, measurements: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self.card = card
         self.fail = fail
+        self.measurements = list(measurements)
         self.requests: list[ExpertRequest] = []
 
     def run(self, request: ExpertRequest) -> ExpertResult:
@@ -49,7 +53,8 @@ class FakeExpert:
         request.file("_labels.txt").write_text("x")
         legend = [("red", "liver"), ("blue", request.argument)]
         text = prompts.ct_feedback(legend, request.question, "trained")
-        return ExpertResult(text, (np.zeros((4, 4, 3), np.uint8),), legend=dict(legend), notes=["a note"])
+        picture = np.zeros((4, 4, 3), np.uint8)
+        return ExpertResult(text, (picture,), legend=dict(legend), measurements=self.measurements, notes=["a note"])
 
 
 @pytest.fixture
@@ -75,6 +80,29 @@ def test_a_question_goes_through_trigger_feedback_and_answer(ct_session: Session
     (request,) = expert.requests
     assert (request.argument, request.slice_index, request.axis) == ("hepatic tumor", 28, 2)
     assert ct_session.notes == ["a note"]
+
+
+MEASURED = {
+    "name": "liver",
+    "volume_ml": 4.5,
+    "component_count": 1,
+    "longest_diameter_mm": 21.0,
+    "perpendicular_diameter_mm": 18.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("tells", "told"), [(False, ""), (True, "Measurements: liver, 4.5 mL, longest 21 x 18.5 mm. ")]
+)
+def test_measurements_are_told_to_the_model_only_when_asked_for(ct_session: Session, tells: bool, told: str) -> None:
+    vlm = ScriptedVlm(*("Let me trigger <VISTA3D(everything)>. ", "yes") * 2)
+    agent = Agent(vlm, {"VISTA3D": FakeExpert(CT_CARD, measurements=[MEASURED])}, CARDS, tells_measurements=tells)
+    for question in ("Is it large?", "Is it small?"):  # the second takes the first one's result
+        ask(agent, ct_session, question)
+        assert vlm.seen[-1][-1] == (
+            "The results are <image>. The colors in this image describe red: liver, blue: everything. "
+            f"{told}Use this result to respond to this prompt:\n{question}."
+        )
 
 
 def test_every_trigger_of_a_turn_runs_in_order(ct_session: Session) -> None:

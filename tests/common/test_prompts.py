@@ -147,3 +147,46 @@ def test_an_expert_without_a_bundle_is_answered_with_the_ones_there_are() -> Non
         "The expert VISTA2D is not available. Available experts: CXR, BRATS."
     )
     assert prompts.not_available("VISTA2D", []).endswith("Available experts: none.")
+
+
+LIVER = {
+    "name": "liver",
+    "volume_ml": 1520.25,
+    "component_count": 1,
+    "longest_diameter_mm": 189.3,
+    "perpendicular_diameter_mm": 150.0,
+    "mean_hu": 102.4,
+    "side": "both",
+}
+LESIONS = {**LIVER, "name": "hepatic tumor", "volume_ml": 8.1, "component_count": 3, "side": "right"}
+
+
+@pytest.mark.parametrize("variant", ["trained", "served"])
+def test_measurements_stand_before_the_instruction_the_largest_structure_first(variant: prompts.Variant) -> None:
+    question = "Use this result to respond to this prompt:\nIs it large?"
+    text = prompts.ct_feedback([("red", "liver")], question, variant)
+    head, ending = text[: text.index("Use this")], text[text.index("Use this") :]
+    assert prompts.add_measurements(text, [LESIONS, LIVER], question) == (
+        f"{head}Measurements: liver, 1520.25 mL, longest 189.3 x 150 mm, mean 102.4 HU, both sides; "
+        f"hepatic tumor, 8.1 mL, 3 separate parts, longest 189.3 x 150 mm, mean 102.4 HU, right side. {ending}"
+    )
+
+
+def test_many_structures_are_told_by_the_largest() -> None:
+    text = prompts.ct_feedback([("red", "liver")], "?", "trained")
+    told = prompts.add_measurements(text, [{**LESIONS, "volume_ml": float(size)} for size in range(1, 31)], "?")
+    assert told.count(" mL") == prompts.MAX_MEASURED_STRUCTURES
+    assert "hepatic tumor, 30 mL" in told
+    assert "; and 18 smaller structures. Use this result" in told
+
+
+def test_without_measurements_the_text_stays_as_trained() -> None:
+    text = prompts.brats_feedback([], {}, "?", "trained")
+    assert prompts.add_measurements(text, [], "?") == text
+
+
+def test_an_expert_may_measure_less() -> None:
+    text = prompts.ct_feedback([("red", "spleen")], "?", "trained")
+    assert "Measurements: spleen, 90 mL. Use" in prompts.add_measurements(
+        text, [{"name": "spleen", "volume_ml": 90}], "?"
+    )

@@ -18,7 +18,7 @@ def view(ct_phantom: phantoms.VolumePhantom, ct_file: Path, tmp_path: Path) -> S
     request = ExpertRequest((str(ct_file),), slice_index=0, output_dir=str(tmp_path), stem="run1")
     volume = load_volume(ct_file)
     grey = slices.window_ct(volume.array)
-    return view_segmentation(labels, volume, grey, NAMES, request, "VISTA3D", ("hepatic tumor",), with_intensity=True)
+    return view_segmentation(labels, volume, grey, NAMES, request, "VISTA3D", ("hepatic tumor",), is_ct=True)
 
 
 def test_files_are_named_after_the_call(view: SegmentationView, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_label_map_is_in_the_geometry_of_the_input(view: SegmentationView, c
 def test_every_label_is_measured_also_outside_the_slice(view: SegmentationView) -> None:
     assert [row["name"] for row in view.measurements] == ["liver", "spleen", "hepatic tumor"]
     liver = view.measurements[0]
-    assert 40 < liver["mean_intensity"] < 130
+    assert 40 < liver["mean_hu"] < 130
     assert liver["volume_ml"] > 200
 
 

@@ -1,8 +1,9 @@
-"""What the tests of the brain tumour expert share: its folder, small phantoms, and recorded golden files."""
+"""What the tests of the brain tumour expert share: its folder, phantoms, golden files, and a path to their helpers."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import brats_expert
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.phantoms import mri_phantom, save_mri, save_volume
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 SEQUENCE_FILES = ("t1c.nii.gz", "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz")
 

@@ -34,6 +34,16 @@ def test_regions_that_are_empty_have_no_distance_and_only_truth_decides_over_dic
     assert not row["is_found"]
 
 
+def test_a_region_that_the_data_does_not_label_has_neither_dice_nor_distance():
+    tumor = regions(core=(2,), whole=(1, 2, 3), enhancing=(2,))
+    truth = tumor.clone()
+    truth[2] = torch.nan
+    row = measure_case(tumor, truth)
+    assert row["dice"] == {"tumor core": 1.0, "whole tumor": 1.0, "enhancing tumor": None}
+    assert row["hd95_mm"] == {"tumor core": 0.0, "whole tumor": 0.0, "enhancing tumor": None}
+    assert summarize([row])["dice"]["enhancing tumor"] == {"mean": None, "case_count": 0}
+
+
 def test_hd95_can_be_left_out():
     assert "hd95_mm" not in measure_case(regions(), regions(), with_hd95=False)
 

@@ -5,23 +5,12 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Invertd
+from monai.transforms import Invertd, LoadImage
+from stored_axes import stored_as
 
-from brats_expert.transforms import RandTissueContrastd, RegionsToLabelsd, network_grid, regions_to_labels
-
-
-@pytest.mark.parametrize("run", ["seed0_roi64", "recipe_roi64", "seed0_bundle_roi"])
-def test_label_map_equals_the_file_that_the_released_bundle_writes(golden, run):
-    with np.load(golden / "brats" / f"pred3_{run}.npz") as stored:
-        regions = torch.from_numpy(stored[stored.files[0]])
-    expected = np.asarray(nib.load(golden / "brats" / f"labels_{run}.nii.gz").dataobj)
-    assert np.array_equal(regions_to_labels(regions)[0].numpy(), expected)
-
-
-def test_enhancing_wins_over_core_and_core_over_whole_tumor():
-    # columns: nothing, whole only, core without whole, enhancing without core, all three
-    regions = torch.tensor([[0, 0, 1, 0, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1]]).reshape(3, 5, 1, 1)
-    assert regions_to_labels(regions).flatten().tolist() == [0, 2, 1, 4, 4]
+from brats_expert.transforms import LoadRegionsd, LoadSequencesd, RandTissueContrastd, RegionsToLabelsd, network_grid
+from vila_m3_common.errors import UserError
+from vila_m3_common.phantoms import mri_phantom
 
 
 def test_dictionary_form_leaves_other_items_alone():
@@ -67,3 +56,72 @@ def test_contrast_changes_inside_the_head_only_and_each_sequence_differently():
 def test_contrast_survives_a_sequence_that_is_empty_in_the_crop():
     image = torch.zeros(4, 4, 4, 4)
     assert torch.equal(RandTissueContrastd(keys="image", prob=1.0)({"image": image})["image"], image)
+
+
+@pytest.fixture
+def loaded(small_phantom):
+    """The small phantom's image, and a function that writes its label map as an array on some grid and loads it."""
+    paths = [str(small_phantom / name) for name in ("t1c.nii.gz", "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz")]
+    return LoadSequencesd(keys="image")({"image": paths, "label": str(small_phantom / "label.nii.gz")})
+
+
+def load_label(loaded, folder, change, **settings):
+    volume = nib.load(loaded["label"])
+    array, affine = change(np.asarray(volume.dataobj), volume.affine)
+    nib.save(nib.Nifti1Image(array, affine), folder / "label.nii.gz")
+    load = LoadRegionsd(keys="label", image_key="image", **settings)
+    return load({**loaded, "label": str(folder / "label.nii.gz")})["label"]
+
+
+def test_image_and_regions_lie_on_one_grid(loaded):
+    labels = np.asarray(nib.load(loaded["label"]).dataobj)
+    item = LoadRegionsd(keys="label", image_key="image")(loaded)
+    assert item["image"].shape == (4, 24, 28, 20)
+    assert item["label"].shape == (3, 24, 28, 20)
+    assert torch.equal(item["image"].affine, item["label"].affine)
+    for region, ids in zip(item["label"], ((1, 4), (1, 2, 4), (4,)), strict=True):
+        assert np.array_equal(region.numpy() > 0, np.isin(labels, ids))
+    assert item["label"].meta["filename_or_obj"].endswith("label.nii.gz")
+
+
+def test_the_voxels_are_those_that_monais_reader_gives(loaded, small_phantom):
+    paths = [str(small_phantom / name) for name in ("t1c.nii.gz", "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz")]
+    expected = LoadImage(image_only=True)(paths)
+    assert torch.equal(loaded["image"].as_tensor(), expected.as_tensor().float())
+    assert torch.allclose(loaded["image"].affine, expected.affine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda array, affine: stored_as(array, affine, "LPS"),
+        lambda array, affine: stored_as(array, affine, "SRA"),
+        lambda array, affine: (array.astype(np.float64), affine),
+        lambda array, affine: (array[..., None], affine),
+    ],
+    ids=["LPS", "other axes", "floats", "4-D with one frame"],
+)
+def test_a_label_map_stored_otherwise_gives_the_same_regions(loaded, tmp_path, change):
+    expected = LoadRegionsd(keys="label", image_key="image")(loaded)["label"]
+    assert torch.equal(load_label(loaded, tmp_path, change).as_tensor(), expected.as_tensor())
+
+
+def test_a_label_map_on_another_grid_is_refused(loaded, tmp_path):
+    with pytest.raises(UserError, match=r"label.nii.gz .* and t1c.nii.gz .* do not lie on the same grid"):
+        load_label(loaded, tmp_path, lambda array, affine: (array[..., 1:], affine))
+
+
+def test_training_refuses_a_release_without_enhancing_tumor():
+    with pytest.raises(UserError, match="brats2012 labels no enhancing tumor; training needs all of tumor core, whole"):
+        LoadRegionsd(keys="label", image_key="image", convention="brats2012")
+    LoadRegionsd(keys="label", image_key="image", convention="brats2012", needs_all_regions=False)
+
+
+def test_a_wrong_order_is_refused_when_a_case_is_loaded(tmp_path):
+    image = np.moveaxis(mri_phantom(2, True, (48, 56, 40), 4.0).image[[3, 1, 0, 2]], 0, -1)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "x.nii.gz")
+    with pytest.raises(UserError, match="look like flair, t1, t1c, t2"):
+        LoadSequencesd(keys="image")({"image": str(tmp_path / "x.nii.gz")})
+    ordered = LoadSequencesd(keys="image", sequence_order=["flair", "t1", "t1c", "t2"])
+    loaded = ordered({"image": str(tmp_path / "x.nii.gz")})["image"]
+    assert np.array_equal(loaded[0].numpy(), image[..., 2])

@@ -1,6 +1,7 @@
 """The configs: properties, hooks, inference, training with resumption, evaluation, from any folder."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,15 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
+from stored_axes import stored_as
 
-from brats_expert.training import newest_checkpoint
+from brats_expert.expert import BratsRequest
+from brats_expert.labels import LABEL_NAMES
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.hooks import BundleExpert
-from vila_m3_common.phantoms import mri_phantom, save_mri
+from vila_m3_common.phantoms import mri_phantom, save_mri, save_volume
 from vila_m3_common.volumes import load_volume
-from vila_m3_common.weights import read_state_dict
+from vila_m3_common.weights import load_weights, read_state_dict
 
 SEQUENCE_FILES = ["t1c.nii.gz", "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz"]
 TINY = {
@@ -108,6 +111,42 @@ def test_tumor_of_an_unseen_phantom_is_segmented(expert, tmp_path):
     assert "whole tumor is largest in axial slice" in result.notes[0]
 
 
+def turned(affine):
+    angles = np.radians((15, -10))
+    about_z, about_x = np.eye(4), np.eye(4)
+    about_z[:2, :2] = [[np.cos(angles[0]), -np.sin(angles[0])], [np.sin(angles[0]), np.cos(angles[0])]]
+    about_x[1:3, 1:3] = [[np.cos(angles[1]), -np.sin(angles[1])], [np.sin(angles[1]), np.cos(angles[1])]]
+    return about_x @ about_z @ affine
+
+
+GEOMETRIES = {
+    "LPS": lambda array, affine: stored_as(array, affine, "LPS"),
+    "sagittal slices": lambda array, affine: stored_as(array, affine, "PSR"),
+    "oblique": lambda array, affine: (array, turned(affine)),
+    "thick oblique slices, LPI": lambda array, affine: stored_as(
+        array[:, :, ::2], turned(affine) @ np.diag([1, 1, 2, 1.0]), "LPI"
+    ),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_label_map_fits_the_scan_in_every_geometry(expert, tmp_path, geometry):
+    phantom = mri_phantom(300_001, has_tumor=True)  # the tumour lies on the right
+    store = GEOMETRIES[geometry]
+    for name, channel in zip(SEQUENCE_FILES, phantom.image, strict=True):
+        save_volume(*store(channel, phantom.affine), tmp_path / name)
+    true, affine = store(phantom.labels, phantom.affine)
+    result = expert.run(ExpertRequest(paths_of(tmp_path), output_dir=str(tmp_path)))
+    saved = nib.load(result.label_map_path)
+    np.testing.assert_allclose(saved.affine, affine, atol=1e-4)
+    found, true = np.asarray(saved.dataobj) > 0, true > 0
+    assert found.shape == true.shape
+    assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.8
+    row = next(row for row in result.measurements if row["name"] == "whole tumor")
+    assert row["volume_ml"] == pytest.approx(true.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000, rel=0.2)
+    assert row["side"] == "right"
+
+
 def test_phantom_without_tumor_gets_no_label(expert, tmp_path):
     folder = save_mri(mri_phantom(300_002, has_tumor=False), tmp_path / "scan")
     result = expert.run(ExpertRequest(paths_of(folder), output_dir=str(tmp_path)))
@@ -121,6 +160,19 @@ def test_four_d_file_gives_the_same_label_map_as_four_files(expert, datalist_dir
     maps = [np.asarray(nib.load(result.label_map_path).dataobj) for result in (four, one)]
     assert np.array_equal(*maps)
     assert maps[0].shape == (24, 28, 20)
+
+
+def test_the_metadata_names_the_ids_of_the_label_map_from_1_on(bundle_root, expert, datalist_dir, request_for):
+    metadata = json.loads((bundle_root / "configs" / "metadata.json").read_text())
+    named = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    assert {int(label): name for label, name in named.items()} == LABEL_NAMES
+    item = {**BratsRequest()(request_for(datalist_dir)), "request": "{}"}
+    expert.workflow.dataset.data[0] = item
+    expert.workflow.run()
+    pred = expert.workflow.evaluator.state.output[0]["pred"]
+    assert pred.shape == (1, 24, 28, 20)
+    assert pred.dtype == torch.uint8
+    assert set(pred.unique().tolist()) <= {0, *LABEL_NAMES}
 
 
 def test_nano_network_fits_the_metadata(bundle_root):
@@ -149,7 +201,54 @@ def test_training_writes_weights_and_goes_on_after_a_kill(bundle_root, datalist_
     second.run()
     assert epochs == [2]
     assert second.parser.get_parsed_content("exporter").best >= best
-    assert newest_checkpoint(tmp_path / "ckpt").name == "checkpoint_epoch=2.pt"
+    assert (tmp_path / "ckpt" / "training.pt").is_file()
+
+
+def run_two_processes(bundle_root, folder, names, *arguments):
+    configs = [str(bundle_root / "configs" / name) for name in names]
+    tiny = ("--spacing", "8.0", "--roi_size", "[16,16,16]", "--dataset_dir", "data")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "monai.bundle", "run", "--config_file", str(configs), *tiny, *arguments),
+        ],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_together(bundle_root, tmp_path):
+    """The multi-GPU overlays on two CPU processes; the phantoms are written by one of them, for both."""
+    printed = run_two_processes(
+        bundle_root,
+        tmp_path,
+        ("train.json", "multi_gpu_train.json"),
+        *("--ckpt_dir", "ckpt", "--checkpoint_out", "nano.safetensors", "--epochs", "2", "--val_interval", "1"),
+        *("--training_count", "4", "--validation_count", "3"),
+    )
+    assert printed.count("best weights are in nano.safetensors") == 1
+    assert len(list((tmp_path / "data").iterdir())) == 7
+    network = ConfigParser(json.loads((bundle_root / "configs" / "train.json").read_text())["network_def"])
+    load_weights(network.get_parsed_content(""), tmp_path / "nano.safetensors")
+    state = torch.load(tmp_path / "ckpt" / "training.pt", weights_only=True)
+    assert state["trainer"]["epoch_length"] == 2  # 4 cases over 2 processes
+    assert state["exporter"]["best"] > 0
+    run_two_processes(
+        bundle_root,
+        tmp_path,
+        ("train.json", "evaluate.json", "multi_gpu_evaluate.json"),
+        *("--test_count", "3", "--output_dir", "eval", "--checkpoint", str(tmp_path / "nano.safetensors")),
+    )
+    report = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert [case["case"] for case in report["cases"]] == [f"phantom_{200_000 + i}/label.nii.gz" for i in range(3)]
+    assert report["tumor_case_count"] == 2  # seed 200001 is divisible by three
 
 
 def test_full_size_network_can_be_fine_tuned(bundle_root, datalist_dir, tmp_path):
@@ -187,6 +286,29 @@ def test_evaluation_writes_metrics(bundle_root, datalist_dir, tmp_path):
     assert report["case_count"] == report["tumor_case_count"] == 1
     assert set(report["dice"]) == {"tumor core", "whole tumor", "enhancing tumor"}
     assert report["cases"][0]["case"] == "dataset/label.nii.gz"
+
+
+def test_evaluation_of_a_real_case_without_enhancing_label(bundle_root, shared, tmp_path):
+    """BRATS_HG0015 (2012): its truth tells oedema (1) and core (2) only. The figures are those of docs/README.md."""
+    case = shared / "data" / "mri" / "brats_hg0015"
+    image = [str(case / f"BRATS_HG0015_{name}.mha") for name in ("FLAIR", "T1", "T1C", "T2")]  # names decide the order
+    listed = [{"image": image, "label": str(case / "BRATS_HG0015_truth.mha")}]
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": listed}))
+    workflow = open_workflow(
+        bundle_root,
+        ["train.json", "evaluate.json"],
+        "train",
+        device="cpu",
+        dataset_dir=str(tmp_path),
+        output_dir=str(tmp_path / "eval"),
+        label_convention="brats2012",
+    )
+    workflow.run()
+    report = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert report["dice"]["whole tumor"]["mean"] == pytest.approx(0.876, abs=0.01)
+    assert report["dice"]["tumor core"]["mean"] == pytest.approx(0.750, abs=0.01)
+    assert report["dice"]["enhancing tumor"] == report["hd95_mm"]["enhancing tumor"] == {"mean": None, "case_count": 0}
+    assert report["hd95_mm"]["whole tumor"]["mean"] < 20
 
 
 def run_command(bundle_root, folder, *arguments):

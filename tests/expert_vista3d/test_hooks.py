@@ -70,7 +70,7 @@ def test_result_holds_files_measurements_and_notes(glue, tmp_path):
     assert nib.load(result.label_map_path).shape == (122, 101, 112)
     rows = {row["name"]: row for row in result.measurements}
     assert set(rows) == {"liver", "hepatic tumor"}
-    assert rows["hepatic tumor"]["mean_intensity"] > 64  # the made-up rule of this label map: above 64 HU
+    assert rows["hepatic tumor"]["mean_hu"] > 64  # the made-up rule of this label map: above 64 HU
     assert any("hepatic tumor is largest in axial slice" in note and "outside" in note for note in result.notes)
 
 

@@ -17,6 +17,21 @@ from vila_m3_composite.outputs import CaseFolder, case_name
 CARDS = "Cards:\nGive the model <NAME(args)> when selecting a suitable expert model.\n"
 
 
+MEASURED = {
+    "name": "liver",
+    "label": 1,
+    "volume_ml": 12.5,
+    "component_count": 1,
+    "longest_diameter_mm": 31.4,
+    "perpendicular_diameter_mm": 22.6,
+    "diameter_slice": 17,
+    "largest_slice": 18,
+    "slice_axis": "axial",
+    "mean_hu": 61.2,
+    "side": "right",
+}
+
+
 class Marker:
     """An expert that marks a square and measures it."""
 
@@ -29,7 +44,7 @@ class Marker:
             text=prompts.ct_feedback([("red", "liver")], request.question, "trained"),
             images=(np.zeros((20, 20, 3), np.uint8),),
             overlay_path=request.file("_overlay.png"),
-            measurements=[{"name": "liver", "volume_ml": 12.5, "component_count": 1}],
+            measurements=[MEASURED],
             notes=["liver is <largest> elsewhere"],
         )
 
@@ -62,6 +77,8 @@ def test_everything_of_a_case_is_written(study: Study, tmp_path: Path) -> None:
     assert record["turns"][2]["expert"]["name"] == "VISTA3D"
     assert record["turns"][2]["expert"]["overlay"] == "01_vista3d_overlay.png"
     assert record["slice_index"] == 28
+    assert record["turns"][2]["expert"]["measurements"] == [MEASURED]
+    assert "Measurements" not in record["turns"][2]["text"]
     assert (folder / "answer.txt").read_text() == "the liver & more\n"
     assert sorted(path.name for path in folder.iterdir()) == [
         "01_vista3d_overlay.png",
@@ -79,7 +96,9 @@ def test_the_report_is_one_page_that_shows_text_as_text(study: Study, tmp_path: 
     assert "the liver &amp; more" in page
     assert "liver is &lt;largest&gt; elsewhere" in page
     assert page.count("data:image/png;base64,") == 2
-    assert '<td class="number">12.5</td>' in page
+    for value in (12.5, 31.4, 22.6, 17, 61.2):
+        assert f'<td class="number">{value}</td>' in page
+    assert "<td>right</td>" in page
     assert "not for diagnosis" in page
 
 

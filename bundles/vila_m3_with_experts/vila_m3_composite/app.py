@@ -29,6 +29,7 @@ class Composite:
         expert_overrides: config items to override in every expert bundle.
         variant: ``trained`` or ``served`` form of the opening.
         max_expert_calls: bound on the expert calls of one question.
+        tells_measurements: whether the expert turn holds the measurements too.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Composite:
         expert_overrides: Mapping[str, Any] | None = None,
         variant: Variant = "trained",
         max_expert_calls: int = 4,
+        tells_measurements: bool = False,
     ) -> None:
         with ExitStack() as stack:
             vlm_root = find_member(vlm_bundle, bundle_root)
@@ -49,7 +51,7 @@ class Composite:
             self.experts = open_experts(roots, expert_overrides)
             stack.callback(close_experts, self.experts)
             cards = (vlm_root / "configs" / "model_cards.txt").read_text()
-            self.agent = Agent(self._vlm, self.experts, cards, variant, max_expert_calls)
+            self.agent = Agent(self._vlm, self.experts, cards, variant, max_expert_calls, tells_measurements)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Composite:

@@ -25,9 +25,12 @@ footer { margin-top: 2.5rem; color: #66727f; font-size: .85em; }
 _COLUMNS = (
     ("name", "structure"),
     ("volume_ml", "volume (mL)"),
-    ("component_count", "components"),
+    ("component_count", "lesions or parts"),
     ("longest_diameter_mm", "longest in-plane diameter (mm)"),
-    ("mean_intensity", "mean intensity (HU for CT)"),
+    ("perpendicular_diameter_mm", "perpendicular (mm)"),
+    ("diameter_slice", "measured in slice"),
+    ("mean_hu", "mean (HU)"),
+    ("side", "side"),
     ("largest_slice", "largest in slice"),
 )
 
