@@ -1,7 +1,12 @@
+"""What the tests of the chest X-ray expert share, and an import path to this folder's helper module."""
+
+import sys
 from pathlib import Path
 
 import pytest
 from monai.transforms import Compose, ScaleIntensityRanged
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import cxr_expert
 from cxr_expert.transforms import CenterSquareCropd, LoadRadiographd
