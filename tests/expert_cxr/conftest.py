@@ -1,4 +1,4 @@
-"""What the tests of the chest X-ray expert share, and an import path to this folder's helper module."""
+"""What the tests of the chest X-ray expert share, and import paths to the helper modules."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from monai.transforms import Compose, ScaleIntensityRanged
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cxr_expert

@@ -29,6 +29,9 @@ _COLUMNS = (
     ("longest_diameter_mm", "longest in-plane diameter (mm)"),
     ("mean_intensity", "mean intensity (HU for CT)"),
     ("largest_slice", "largest in slice"),
+    ("probability", "probability"),
+    ("threshold", "threshold"),
+    ("is_uncertain", "uncertain"),
 )
 
 
