@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 Method = Literal["temperature", "isotonic"]
 # Keeps the logit of a score of 0 or 1 finite.
-_EDGE = 1e-6
+_EDGE = 1e-12
 BIN_COUNT = 10
 
 

@@ -200,6 +200,20 @@ def test_untrained_head_does_not_move_the_mean():
     assert scores[1] == pytest.approx(0.55)
 
 
+def test_members_of_one_size_share_the_resized_picture():
+    seen = []
+
+    class Watching(Constant):
+        def forward(self, image):
+            seen.append(image)
+            return super().forward(image)
+
+    members = {name: CxrMember(Watching([0.5] * 18), size) for name, size in (("a", 8), ("b", 4), ("c", 8))}
+    CxrEnsemble(members)(torch.rand(1, 1, 16, 16))
+    assert [image.shape[-1] for image in seen] == [8, 4, 8]
+    assert seen[0].data_ptr() == seen[2].data_ptr()
+
+
 def test_finding_that_nobody_was_trained_for_scores_zero():
     ensemble = CxrEnsemble({"a": member(0.9, CXR_FINDINGS[:3])})
     assert ensemble.untrained_findings == CXR_FINDINGS[3:]
