@@ -202,16 +202,23 @@ def _walk(module: _Object, prefix: str, seen: set[int]) -> Iterator[tuple[str, _
         raise _Refused(f"{prefix or 'its content'} is no module of a network, or stands in it twice")
     seen.add(id(module))
     for kind in ("_parameters", "_buffers"):
-        for name, value in module.state.get(kind, {}).items():
+        for name, value in _entries(module, kind).items():
             if isinstance(value, _Tensor):
                 yield f"{prefix}{name}", value
             elif value is not None:
                 raise _Refused(f"{prefix}{name} is no tensor")
-    for name, child in module.state.get("_modules", {}).items():
+    for name, child in _entries(module, "_modules").items():
         if isinstance(child, _Object):
             yield from _walk(child, f"{prefix}{name}.", seen)
         elif child is not None:
             raise _Refused(f"{prefix}{name} is no module")
+
+
+def _entries(module: _Object, kind: str) -> dict[Any, Any]:
+    entries = module.state.get(kind, {})
+    if not isinstance(entries, dict):
+        raise _Refused(f"the {kind} of a {module.name} are no dictionary")
+    return entries
 
 
 def _interpret(file: BinaryIO) -> tuple[Any, dict[str, _Storage]]:

@@ -119,6 +119,8 @@ def test_a_call_hidden_behind_a_true_network_is_refused_before_any_tensor_comes_
             b"ctorch.nn.modules.linear\nLinear\nccollections\nOrderedDict\n)Rb.",
             "sets the state of something",
         ),
+        (b"ctorch.nn.modules.linear\nLinear\n)\x81}X\x08\x00\x00\x00_modulesK\x05sb.", "the _modules of a .* are no"),
+        (b"ctorch.nn.modules.linear\nLinear\n)\x81}X\x08\x00\x00\x00_modules}K\x05K\x06ssb.", "5 is no module"),
         (b"ctorch.nn.modules.linear\nLinear\n)R.", "it calls something that makes no tensor"),
         (b"ctorch.nn.modules.linear\nLinear\nK\x01\x85\x81.", "it makes an object that is no module"),
         (b"ccollections\nOrderedDict\n)\x81.", "it makes an object that is no module"),
