@@ -7,7 +7,7 @@ small ways; it is kept so that the difference can be measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 Variant = Literal["trained", "served"]
@@ -110,7 +110,7 @@ def _describe_regions(labels: Sequence[int], colors: Mapping[int, str]) -> str:
     return ", ".join(regions) + "\n" if regions else ""
 
 
-def cxr_feedback(scores: Mapping[str, float], question: str, variant: Variant) -> str:
+def cxr_feedback(scores: Mapping[str, float], question: str, variant: Variant, uncertain: Collection[str] = ()) -> str:
     """Return the expert turn of the chest X-ray classification.
 
     Args:
@@ -118,13 +118,14 @@ def cxr_feedback(scores: Mapping[str, float], question: str, variant: Variant) -
             the served form sorts by name and says yes from 0.5 on.
         question: the user's question.
         variant: see the module's docstring.
+        uncertain: findings that are called so in place of yes or no. The released weights never saw the word; name
+            findings here only for a model that was trained on it.
     """
     is_trained = variant == "trained"
     findings = list(scores) if is_trained else sorted(scores)
-    lines = "".join(
-        f"{finding.lower().replace('_', ' ')}: {'yes' if _is_positive(scores[finding], is_trained) else 'no'}\n"
-        for finding in findings
-    )
+    words = {name: "yes" if _is_positive(scores[name], is_trained) else "no" for name in findings}
+    words.update(dict.fromkeys(set(uncertain) & words.keys(), "uncertain"))
+    lines = "".join(f"{name.lower().replace('_', ' ')}: {word}\n" for name, word in words.items())
     if is_trained:
         instruction = (
             " Analyze the image and take these predictions into account when responding to this prompt:\n" + question

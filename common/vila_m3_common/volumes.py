@@ -16,7 +16,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image, UnidentifiedImageError
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_voi_lut
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
 from .errors import UserError
 
@@ -171,7 +171,8 @@ def load_radiograph(path: str | Path) -> np.ndarray:
     """Read a radiograph as ``(H, W)`` float32 in 0..255, bright bone.
 
     Colour images keep channel 0 (as TorchXRayVision does), 16-bit images are scaled from their own
-    range, DICOM gets its VOI window and MONOCHROME1 is inverted.
+    range, DICOM gets its modality scale and its VOI window, MONOCHROME1 is inverted, and padding is left out of
+    the range.
 
     Raises:
         UserError: if the file is missing, empty, unreadable or constant.
@@ -224,12 +225,16 @@ def _read_dicom_frame(path: Path) -> np.ndarray:
         pixels = pixels[..., 0]
     if pixels.ndim != 2:
         raise UserError(f"{path.name} holds {pixels.shape[0]} frames; a radiograph has one")
-    array = _to_byte_range(np.asarray(apply_voi_lut(pixels, dataset), dtype=np.float32))
+    # The window's numbers are those of the modality scale (DICOM PS3.3 C.11.2), so the scale comes first.
+    values = np.asarray(apply_voi_lut(apply_modality_lut(pixels, dataset), dataset), dtype=np.float32)
+    array = _to_byte_range(values, pixels != dataset.get("PixelPaddingValue"))
     return 255.0 - array if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else array
 
 
-def _to_byte_range(array: np.ndarray) -> np.ndarray:
-    low, high = float(array.min()), float(array.max())
+def _to_byte_range(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Scale to 0..255 by the range of the ``counted`` pixels; the others end at its nearer bound."""
+    inside = array if counted is None or not counted.any() else array[counted]
+    low, high = float(inside.min()), float(inside.max())
     if high == low:
         return np.zeros_like(array)
-    return (array - low) * (255.0 / (high - low))
+    return np.clip((array - low) * (255.0 / (high - low)), 0, 255)

@@ -1,6 +1,7 @@
 """Radiographs with labels: phantoms, a CSV in the form of NIH ChestX-ray14, or a ``datalist.json``.
 
-An item is ``{"image": path, "label": (18,) float32}``; a label is 1, 0, or NaN where nobody knows.
+An item is ``{"image": path, "label": (18,) float32}``; a label is 1, 0, or NaN where nobody knows. Items of a CSV
+have a third entry, ``patient``.
 """
 
 from __future__ import annotations
@@ -12,22 +13,25 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 from tqdm import tqdm
 
 from vila_m3_common.errors import UserError, exits_with_message, near_match_hint
-from vila_m3_common.phantoms import CXR_PHANTOM_FINDINGS, cxr_phantom, save_radiograph
+from vila_m3_common.phantoms import cxr_phantom, save_radiograph
 from vila_m3_common.prompts import CXR_FINDINGS
 
 Item = dict[str, Any]
 
 # The first seed of each section; sections never share a phantom.
 PHANTOM_SEEDS = {"training": 0, "validation": 1_000_000, "testing": 2_000_000}
-# Findings that follow from the ones that a phantom shows.
+# Findings that follow from others, after the hierarchy of CheXpert (Irvin et al., AAAI 2019).
 RELATED_FINDINGS = {
-    "Lung Opacity": ("Consolidation", "Mass", "Nodule", "Edema"),
+    "Lung Opacity": ("Consolidation", "Mass", "Nodule", "Edema", "Atelectasis", "Infiltration", "Pneumonia"),
     "Lung Lesion": ("Nodule", "Mass"),
 }
+# What the opacities of a phantom could be called as well.
+_AMBIGUOUS_ON_PHANTOMS = ("Infiltration", "Pneumonia", "Atelectasis")
 # What the labels of NIH ChestX-ray14 say something about (Wang et al., CVPR 2017).
 NIH_FINDINGS = CXR_FINDINGS[:14]
 _CSV_COLUMNS = ("Image Index", "Finding Labels", "Patient ID")
@@ -40,6 +44,8 @@ def training_items(
     data_root: str | None = None,
     labels_csv: str | None = None,
     val_fraction: float = 0.2,
+    csv_repeats: int = 1,
+    mixes_phantoms: bool = False,
 ) -> dict[str, list[Item]]:
     """Return the items of ``training`` and ``validation``; a mistake of the user ends the command.
 
@@ -49,12 +55,20 @@ def training_items(
         dataset_dir: folder with the user's list, and for the phantoms.
         phantom_counts: how many phantoms each of the two sections has.
         data_root: folder with the pictures that ``labels_csv`` names.
-        labels_csv: see :func:`read_labels_csv`.
+        labels_csv: see :func:`read_labels_csv`. In training, findings that follow from its labels are added.
         val_fraction: share of the patients of ``labels_csv`` that is kept for validation.
+        csv_repeats: how often an epoch shows each training row of ``labels_csv``.
+        mixes_phantoms: whether the training phantoms are added to the rows of ``labels_csv``. The validation stays
+            with the rows, since a mixture would reward telling the two sorts of pictures apart.
     """
     if labels_csv:
-        rows = read_labels_csv(_need_data_root(data_root), labels_csv)
-        return split_by_patient(rows, val_fraction)
+        parts = split_by_patient(read_labels_csv(_need_data_root(data_root), labels_csv), val_fraction)
+        rows = [{"image": item["image"], "label": add_related(item["label"])} for item in parts["training"]]
+        phantom_count = phantom_counts["training"] if mixes_phantoms else 0
+        return {
+            "training": rows * csv_repeats + write_phantoms(dataset_dir, "training", phantom_count),
+            "validation": parts["validation"],
+        }
     datalist = Path(dataset_dir) / "datalist.json"
     if datalist.is_file():
         return {section: read_datalist(datalist, section) for section in ("training", "validation")}
@@ -110,7 +124,7 @@ def trained_targets(items: Sequence[Item]) -> list[str]:
 
 
 def write_phantoms(dataset_dir: str | Path, section: str, count: int) -> list[Item]:
-    """Draw the phantoms of a section once; a second call finds them on disk.
+    """Draw the phantoms of a section once; a second call, or a second process of a training, finds them on disk.
 
     Args:
         dataset_dir: they are written to ``<dataset_dir>/phantoms/<section>``.
@@ -118,9 +132,15 @@ def write_phantoms(dataset_dir: str | Path, section: str, count: int) -> list[It
         count: how many.
     """
     folder = Path(dataset_dir) / "phantoms" / section
+    names = [f"{PHANTOM_SEEDS[section] + index:07d}.png" for index in range(count)]
+    with idist.one_rank_first(local=True):
+        findings = _draw_missing(folder, names, section)
+    return [{"image": str(folder / name), "label": phantom_label(findings[name])} for name in names]
+
+
+def _draw_missing(folder: Path, names: Sequence[str], section: str) -> dict[str, list[str]]:
     listing = folder / "findings.json"
     findings: dict[str, list[str]] = json.loads(listing.read_text()) if listing.is_file() else {}
-    names = [f"{PHANTOM_SEEDS[section] + index:07d}.png" for index in range(count)]
     missing = [name for name in names if name not in findings]
     for name in tqdm(missing, desc=f"drawing {section} phantoms", disable=not missing):
         phantom = cxr_phantom(int(Path(name).stem))
@@ -128,13 +148,29 @@ def write_phantoms(dataset_dir: str | Path, section: str, count: int) -> list[It
         findings[name] = list(phantom.findings)
     if missing:
         listing.write_text(json.dumps(findings))
-    return [{"image": str(folder / name), "label": phantom_label(findings[name])} for name in names]
+    return findings
 
 
 def phantom_label(findings: Collection[str]) -> np.ndarray:
-    """Return the label of a phantom: what is drawn, and what follows from it; other findings are unknown."""
+    """Return the label of a phantom: what is drawn and what follows from it is present, the rest absent.
+
+    Unknown are other names that an opacity could have, and fractures, since the bones are drawn without detail.
+    """
+    opacities = set(findings) & {"Consolidation", "Edema"}
+    unknown = {*_AMBIGUOUS_ON_PHANTOMS} if opacities else set()
+    known = [name for name in CXR_FINDINGS if name not in unknown and name != "Fracture"]
     related = [name for name, causes in RELATED_FINDINGS.items() if set(causes) & set(findings)]
-    return label_vector([*CXR_PHANTOM_FINDINGS, *RELATED_FINDINGS], [*findings, *related])
+    return label_vector(known, [*findings, *related])
+
+
+def add_related(label: np.ndarray) -> np.ndarray:
+    """Fill in the unknown findings that follow from the known ones: a lung lesion is a nodule or a mass."""
+    values = dict(zip(CXR_FINDINGS, label, strict=True))
+    for name, causes in RELATED_FINDINGS.items():
+        known = [values[cause] for cause in causes if not np.isnan(values[cause])]
+        if np.isnan(values[name]) and known:
+            values[name] = max(known)
+    return np.array(list(values.values()), dtype=np.float32)
 
 
 def read_datalist(path: Path, section: str) -> list[Item]:

@@ -1,8 +1,8 @@
-"""The scores of a radiograph as a bar chart for people."""
+"""Pictures for people: the scores of a radiograph as a bar chart, and reliability plots."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
@@ -11,6 +11,11 @@ _NAME_WIDTH = 180
 _BAR_WIDTH = 240
 _VALUE_WIDTH = 84
 _TOP = 24
+_PANEL, _MARGIN, _PANELS_PER_ROW = 160, 26, 4
+
+# Points (stated probability, true frequency) before and after calibration.
+Curves = tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]
+
 _POSITIVE, _NEGATIVE, _GREY = (200, 60, 40), (70, 110, 160), (150, 150, 150)
 
 
@@ -38,3 +43,34 @@ def draw_scores(scores: Mapping[str, float], untrained: Collection[str] = (), ti
     middle = _NAME_WIDTH + _BAR_WIDTH // 2
     draw.line((middle, _TOP, middle, size[1] - 6), fill="black")
     return figure
+
+
+def draw_reliability(curves: Mapping[str, Curves]) -> Image.Image:
+    """Draw one panel per finding: true frequency over stated probability, both 0..1.
+
+    Red is before calibration, blue after; the grey diagonal is a perfect calibration.
+
+    Args:
+        curves: finding -> points before and points after.
+    """
+    rows = -(-len(curves) // _PANELS_PER_ROW)
+    cell = _PANEL + _MARGIN
+    figure = Image.new("RGB", (cell * _PANELS_PER_ROW + _MARGIN, cell * rows + 2 * _MARGIN), "white")
+    draw = ImageDraw.Draw(figure)
+    draw.text((_MARGIN, 6), "true frequency over stated probability: red before, blue after calibration", fill="black")
+    for index, (finding, pair) in enumerate(curves.items()):
+        left = _MARGIN + cell * (index % _PANELS_PER_ROW)
+        top = 2 * _MARGIN + cell * (index // _PANELS_PER_ROW)
+        _draw_panel(draw, left, top, finding, pair)
+    return figure
+
+
+def _draw_panel(draw: ImageDraw.ImageDraw, left: int, top: int, title: str, pair: Curves) -> None:
+    draw.text((left, top - 14), title.replace("_", " "), fill="black")
+    draw.rectangle((left, top, left + _PANEL, top + _PANEL), outline="black")
+    draw.line((left, top + _PANEL, left + _PANEL, top), fill=_GREY)
+    for points, color in zip(pair, (_POSITIVE, _NEGATIVE), strict=True):
+        places = [(left + _PANEL * stated, top + _PANEL * (1 - true)) for stated, true in points]
+        draw.line(places, fill=color, width=2)
+        for x, y in places:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)

@@ -154,7 +154,9 @@ class CxrEnsemble(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Map square radiographs ``(B, 1, H, H)`` in -1024..1024 to ``(B, 18)`` mean scores in 0..1."""
-        scores = torch.stack([member.scores(image) for member in self.classifiers.values()])
+        # Members of one size share the picture; each would resize it alike.
+        pictures = {size: resize_square(image, size) for size in {m.input_size for m in self.classifiers.values()}}
+        scores = torch.stack([member.scores(pictures[member.input_size]) for member in self.classifiers.values()])
         return average_votes(scores, self.votes().to(scores.device))
 
 

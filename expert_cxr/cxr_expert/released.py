@@ -15,6 +15,7 @@ from vila_m3_common.prompts import CXR_FINDINGS
 from vila_m3_common.weights import read_state_dict
 
 from .network import CxrEnsemble, CxrMember
+from .pickled import read_pickled_network
 from .released_table import CLASS_MODELS, RELEASED_MODELS, ReleasedModel
 
 # TorchXRayVision's name of a tensor -> MONAI's. The two ResNets agree; wrappers add a prefix.
@@ -88,12 +89,12 @@ def load_released(network: CxrEnsemble, models_dir: str | Path, device: str | to
 
     Args:
         network: from :func:`build_ensemble`.
-        models_dir: holds a file per member: the released name with the ending ``.safetensors``, or a plain state
-            dict with the ending ``.pt``.
+        models_dir: holds a file per member: the released ``.pt``, or a state dict of that name with the ending
+            ``.safetensors``.
         device: where the ensemble shall run.
 
     Raises:
-        UserError: if a file is missing, is no state dict, or does not fit.
+        UserError: if a file is missing or damaged, names what is no part of the network, or does not fit.
     """
     for name, member in network.classifiers.items():
         path = find_weights(name, models_dir)
@@ -116,19 +117,13 @@ def _find_misfits(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
 
 
 def find_weights(name: str, models_dir: str | Path) -> Path:
-    """Return the file of a released weight set: the converted ``.safetensors`` if it is there, else the ``.pt``."""
+    """Return the file of a released weight set: a ``.safetensors`` of that name if it is there, else the ``.pt``."""
     released = Path(models_dir) / RELEASED_MODELS[name].file
     converted = released.with_suffix(".safetensors")
     return converted if converted.is_file() else released
 
 
 def _read(name: str, path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return read_state_dict(path)
-    except UserError as error:
-        if not path.is_file() or "densenet" not in name:
-            raise
-        raise UserError(
-            f"{path.name} is no state dict; the released DenseNets are pickled modules, which this program does not "
-            "open. Convert it once as docs/README.md says under 'Full-size weights'"
-        ) from error
+    """Read a state dict; the released DenseNets are whole pickled modules."""
+    is_pickled = "densenet" in name and path.suffix == ".pt" and path.is_file()
+    return read_pickled_network(path) if is_pickled else read_state_dict(path)

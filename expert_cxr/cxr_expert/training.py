@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.handlers import CheckpointLoader, CheckpointSaver
@@ -45,11 +46,14 @@ class ResumableCheckpoint:
         self.save_dict = dict(save_dict)
 
     def attach(self, engine: Engine) -> None:
-        """Register at the start of the training and at the end of every epoch."""
+        """Register at the start of the training and, in its first process, at the end of every epoch."""
         self.save_dict["trainer"] = engine
         engine.add_event_handler(Events.STARTED, self)
-        saver = CheckpointSaver(str(self.ckpt_dir), self.save_dict, file_prefix="latest", save_interval=1, n_saved=1)
-        saver.attach(engine)
+        if idist.get_rank() == 0:
+            saver = CheckpointSaver(
+                str(self.ckpt_dir), self.save_dict, file_prefix="latest", save_interval=1, n_saved=1
+            )
+            saver.attach(engine)
 
     def __call__(self, engine: Engine) -> None:
         """Restore the newest checkpoint, if there is one."""
@@ -68,8 +72,10 @@ def find_checkpoint(ckpt_dir: str | Path, prefix: str) -> Path | None:
 
 
 @exits_with_message
-def run_training(trainer: Any, member: CxrMember, ensemble: CxrEnsemble, ckpt_dir: str, checkpoint_out: str) -> None:
-    """Train, then write the weights of the best validation as safetensors.
+def run_training(
+    trainer: Any, member: CxrMember, ensemble: CxrEnsemble, ckpt_dir: str, checkpoint_out: str, exports: str = "best"
+) -> None:
+    """Train, then write weights as safetensors; of several processes the first writes.
 
     Args:
         trainer: MONAI trainer of ``member``.
@@ -77,8 +83,20 @@ def run_training(trainer: Any, member: CxrMember, ensemble: CxrEnsemble, ckpt_di
         ensemble: what inference loads.
         ckpt_dir: holds ``best_network_key_metric=<score>.pt``.
         checkpoint_out: file to write.
+        exports: ``best`` for the weights of the best validation, ``last`` for those after the last epoch. The last
+            ones leave the validation images out of every choice, so that figures on them are held-out figures.
     """
+    if exports not in ("best", "last"):
+        raise UserError(f"unknown exports {exports!r}; valid: best, last")
     trainer.run()
+    if idist.get_rank() != 0:
+        return
+    if exports == "best":
+        _load_best(member, ckpt_dir)
+    print(f"{exports} weights written to {save_weights(ensemble, checkpoint_out)}")
+
+
+def _load_best(member: CxrMember, ckpt_dir: str) -> None:
     best = find_checkpoint(ckpt_dir, "best")
     if best is None:
         raise UserError(
@@ -86,4 +104,4 @@ def run_training(trainer: Any, member: CxrMember, ensemble: CxrEnsemble, ckpt_di
             "give more validation images"
         )
     load_weights(member, best)
-    print(f"best weights ({best.name}) written to {save_weights(ensemble, checkpoint_out)}")
+    print(f"best checkpoint: {best.name}")

@@ -15,8 +15,12 @@ def write_dicom(
     position: tuple[float, float, float] = (0.0, 0.0, 0.0),
     photometric: str = "MONOCHROME2",
     intercept: float = 0.0,
+    **tags: object,
 ) -> Path:
-    """Write one frame ``(rows, columns)`` or several ``(frames, rows, columns)`` of uint16 pixels, 1 mm spacing."""
+    """Write one frame ``(rows, columns)`` or several ``(frames, rows, columns)`` of uint16 pixels, 1 mm spacing.
+
+    ``tags`` are set last, by their keywords.
+    """
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
@@ -36,6 +40,8 @@ def write_dicom(
     dataset.ImagePositionPatient, dataset.ImageOrientationPatient = list(position), [1, 0, 0, 0, 1, 0]
     dataset.RescaleSlope, dataset.RescaleIntercept = 1, intercept
     dataset.PixelData = pixels.astype(np.uint16).tobytes()
+    for keyword, value in tags.items():
+        setattr(dataset, keyword, value)
     dataset.save_as(path, enforce_file_format=True)
     return path
 

@@ -137,6 +137,13 @@ def test_a_mean_of_exactly_one_half_is_no_when_trained_and_yes_when_served() -> 
     assert "edema: yes\n" in prompts.cxr_feedback({"Edema": 0.5}, "?", "served")
 
 
+def test_an_uncertain_finding_is_called_so_only_where_it_is_named() -> None:
+    scores = {"Edema": 0.9, "Mass": 0.1}
+    text = prompts.cxr_feedback(scores, "?", "trained", uncertain=["Edema", "Hernia"])
+    assert text.startswith("The resulting predictions are:\nedema: uncertain\nmass: no\n.")
+    assert "uncertain" not in prompts.cxr_feedback(scores, "?", "trained")
+
+
 def test_the_served_openings_have_no_space_before_the_image() -> None:
     assert prompts.opening("CT", "Q", "cards\n", "served") == "cards\n<image>This is a CT image.\nQ"
     assert prompts.opening("CXR", "Q", "cards\n", "served") == "cards\n<image>This is a CXR image.\nQ"

@@ -171,6 +171,29 @@ def test_monochrome1_is_turned_so_that_bone_is_bright(tmp_path: Path) -> None:
     np.testing.assert_allclose(inverted, 255 - plain)
 
 
+def test_the_window_of_a_dicom_radiograph_counts_in_the_modality_scale(tmp_path: Path) -> None:
+    pixels = np.array([[0, 100], [200, 300]])
+    window = {"WindowCenter": 400, "WindowWidth": 401}
+    found = load_radiograph(write_dicom(tmp_path / "a.dcm", pixels, "DX", RescaleSlope=2, **window))
+    np.testing.assert_allclose(found, [[0, 0], [127.5, 255]], atol=0.7)
+    plain = load_radiograph(write_dicom(tmp_path / "b.dcm", pixels, "DX", **window))
+    np.testing.assert_allclose(plain, [[0, 0], [0, 255]], atol=1.5)
+
+
+def test_padding_does_not_count_for_the_range_of_a_radiograph(tmp_path: Path) -> None:
+    pixels = np.array([[0, 1000], [1500, 2000]])
+    found = load_radiograph(write_dicom(tmp_path / "a.dcm", pixels, "CR", PixelPaddingValue=0))
+    np.testing.assert_allclose(found, [[0, 0], [127.5, 255]])
+
+
+def test_a_dicom_radiograph_in_colour_keeps_its_first_channel(tmp_path: Path) -> None:
+    colored = np.stack([np.array([[0, 50], [100, 200]]), np.zeros((2, 2)), np.zeros((2, 2))], axis=-1)
+    tags = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}
+    tags |= {"NumberOfFrames": 1, "Rows": 2, "Columns": 2, "PixelData": colored.astype(np.uint8).tobytes()}
+    path = write_dicom(tmp_path / "a.dcm", np.zeros((2, 2)), "OT", photometric="RGB", **tags)
+    np.testing.assert_allclose(load_radiograph(path), [[0, 63.75], [127.5, 255]])
+
+
 def test_a_radiograph_of_several_frames_is_refused(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "cine.dcm", ramp(3, 4, 5), "CR")
     with pytest.raises(UserError, match="cine.dcm holds 3 frames; a radiograph has one"):

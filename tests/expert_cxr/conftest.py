@@ -1,7 +1,13 @@
+"""What the tests of the chest X-ray expert share, and import paths to the helper modules."""
+
+import sys
 from pathlib import Path
 
 import pytest
 from monai.transforms import Compose, ScaleIntensityRanged
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import cxr_expert
 from cxr_expert.transforms import CenterSquareCropd, LoadRadiographd

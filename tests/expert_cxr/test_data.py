@@ -6,6 +6,7 @@ from PIL import Image
 
 from cxr_expert.data import (
     PHANTOM_SEEDS,
+    add_related,
     evaluation_items,
     label_vector,
     phantom_label,
@@ -37,11 +38,27 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def test_phantom_label_adds_what_follows_and_leaves_the_rest_unknown():
+def test_phantom_label_adds_what_follows_and_the_rest_is_absent():
     label = phantom_label(["Nodule"])
     assert (value(label, "Nodule"), value(label, "Lung Lesion"), value(label, "Lung Opacity")) == (1, 1, 1)
-    assert (value(label, "Mass"), value(label, "Effusion")) == (0, 0)
-    assert np.isnan(value(label, "Hernia"))
+    assert (value(label, "Mass"), value(label, "Effusion"), value(label, "Hernia")) == (0, 0, 0)
+    assert value(label, "Pneumonia") == 0
+    assert np.isnan(value(label, "Fracture"))
+
+
+def test_phantom_with_an_opacity_may_show_what_else_it_could_be_called():
+    label = phantom_label(["Consolidation"])
+    assert np.isnan([value(label, name) for name in ("Infiltration", "Pneumonia", "Atelectasis")]).all()
+
+
+def test_related_findings_follow_from_known_ones_only():
+    label = add_related(label_vector(["Mass", "Nodule", "Effusion"], ["Mass"]))
+    assert (value(label, "Lung Lesion"), value(label, "Lung Opacity")) == (1, 1)
+    label = add_related(label_vector(["Mass", "Nodule", "Effusion"], ["Effusion"]))
+    assert (value(label, "Lung Lesion"), value(label, "Lung Opacity")) == (0, 0)
+    label = add_related(label_vector(["Effusion", "Lung Lesion"], ["Lung Lesion"]))
+    assert value(label, "Lung Lesion") == 1
+    assert np.isnan(value(label, "Lung Opacity"))
 
 
 def test_phantoms_of_the_sections_have_different_seeds(tmp_path):
@@ -88,6 +105,20 @@ def test_evaluation_takes_every_patient_or_the_kept_ones(pictures):
     training = training_items("", {}, str(pictures), csv, val_fraction=0.5)
     assert len(every) == 6
     assert [item["image"] for item in kept] == [item["image"] for item in training["validation"]]
+
+
+def test_training_repeats_the_rows_mixes_phantoms_in_and_validates_on_rows_alone(pictures):
+    csv = str(pictures / "labels.csv")
+    options = {"csv_repeats": 2, "mixes_phantoms": True}
+    parts = training_items(str(pictures / "data"), {"training": 3, "validation": 3}, str(pictures), csv, 0.5, **options)
+    drawn = [item for item in parts["training"] if "phantoms" in item["image"]]
+    rows = [item for item in parts["training"] if "phantoms" not in item["image"]]
+    assert len(drawn) == 3
+    assert len(rows) == 2 * (6 - len(parts["validation"]))
+    assert not {item["image"] for item in rows} & {item["image"] for item in parts["validation"]}
+    assert {tuple(sorted(item)) for item in parts["training"]} == {("image", "label")}
+    assert not np.isnan([value(item["label"], "Lung Lesion") for item in rows]).any()
+    assert np.isnan([value(item["label"], "Lung Lesion") for item in parts["validation"]]).all()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Numbers come from TorchXRayVision 1.5.7, recorded in golden/experts/cxr."""
 
 import json
+import os
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from xrv_files import save_released
 
 from cxr_expert.network import CxrEnsemble, CxrMember, average_votes, normalize_operating_point
 from cxr_expert.released import (
@@ -19,7 +21,7 @@ from cxr_expert.released import (
 )
 from cxr_expert.released_table import CLASS_MODELS, RELEASE_URL, RELEASED_MODELS
 from vila_m3_common.errors import UserError
-from vila_m3_common.prompts import CXR_FINDINGS
+from vila_m3_common.prompts import CXR_FINDINGS, cxr_feedback
 from vila_m3_common.weights import read_state_dict
 
 NAN = float("nan")
@@ -124,7 +126,7 @@ def test_densenet_with_released_names_gives_the_recorded_logits(golden, facts, d
     with torch.no_grad():
         logits = network(torch.from_numpy(np.stack(pictures)))
     expected = np.load(golden / "densenet_outputs.npz")["raw_on_xray_resizer_224"]
-    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5)
 
 
 def test_densenet_member_gives_the_recorded_operating_point_scores(golden, densenet_state, load_image):
@@ -136,8 +138,8 @@ def test_densenet_member_gives_the_recorded_operating_point_scores(golden, dense
         index = list(outputs["order"]).index("ac"[row])
         with torch.no_grad():
             logits, scores = network(image).numpy()[0], network.scores(image).numpy()[0]
-        np.testing.assert_allclose(logits, outputs["raw_auto_resize_from_crop"][index], atol=1e-4)
-        np.testing.assert_allclose(scores, outputs["op_norm_auto_resize_from_crop"][index], atol=1e-4)
+        np.testing.assert_allclose(logits, outputs["raw_auto_resize_from_crop"][index], atol=1e-5)
+        np.testing.assert_allclose(scores, outputs["op_norm_auto_resize_from_crop"][index], atol=1e-5)
 
 
 def test_resnet_with_released_names_gives_the_recorded_logits(golden, resnet_state, load_image):
@@ -151,9 +153,9 @@ def test_resnet_with_released_names_gives_the_recorded_logits(golden, resnet_sta
     with torch.no_grad():
         # The 512 picture was recorded in float16.
         np.testing.assert_allclose(network(picture).numpy()[0], outputs["raw_on_xray_resizer_512"][0], atol=1e-3)
-        np.testing.assert_allclose(network(crop).numpy()[0], outputs["raw_auto_resize_from_crop"][1], atol=1e-4)
+        np.testing.assert_allclose(network(crop).numpy()[0], outputs["raw_auto_resize_from_crop"][1], atol=1e-5)
         scores = network.scores(crop).numpy()[0]
-    np.testing.assert_allclose(scores, outputs["released_op_norm_auto_resize_from_crop"][1], atol=1e-4)
+    np.testing.assert_allclose(scores, outputs["released_op_norm_auto_resize_from_crop"][1], atol=1e-5)
 
 
 def test_operating_point_probes_equal_the_package(golden):
@@ -196,6 +198,20 @@ def test_untrained_head_does_not_move_the_mean():
     scores = CxrEnsemble({"a": member(0.2), "b": member(0.9, trained)})(IMAGE)[0]
     assert scores[0] == pytest.approx(0.2)
     assert scores[1] == pytest.approx(0.55)
+
+
+def test_members_of_one_size_share_the_resized_picture():
+    seen = []
+
+    class Watching(Constant):
+        def forward(self, image):
+            seen.append(image)
+            return super().forward(image)
+
+    members = {name: CxrMember(Watching([0.5] * 18), size) for name, size in (("a", 8), ("b", 4), ("c", 8))}
+    CxrEnsemble(members)(torch.rand(1, 1, 16, 16))
+    assert [image.shape[-1] for image in seen] == [8, 4, 8]
+    assert seen[0].data_ptr() == seen[2].data_ptr()
 
 
 def test_finding_that_nobody_was_trained_for_scores_zero():
@@ -265,11 +281,49 @@ def test_plain_state_dict_of_the_resnet_loads_as_released(tmp_path, resnet_state
     assert torch.equal(network.classifiers[name].network.conv1.weight, resnet_state["conv1.weight"])
 
 
-def test_pickled_densenet_is_not_opened_and_the_way_out_is_told(tmp_path):
+@pytest.fixture(scope="module")
+def released_folder(tmp_path_factory, densenet_state, resnet_state):
+    """All eight files as released, with the stand-in weights that expert_text.json was recorded with."""
+    recorded_order = sorted(name for name in RELEASED_MODELS if "densenet" in name)
+    folder = tmp_path_factory.mktemp("released")
+    for index, name in enumerate(recorded_order):
+        state = {key: value.float() if value.is_floating_point() else value for key, value in densenet_state.items()}
+        for key in ("classifier.weight", "classifier.bias"):
+            state[key] = state[key].roll(index, dims=0)
+        # The releases are older than the zip layout; both are read.
+        save_released(state, folder / RELEASED_MODELS[name].file, is_legacy=index % 2 == 0)
+    torch.save(resnet_state, folder / RELEASED_MODELS["resnet50-res512-all"].file)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_eight_files_as_released_give_the_recorded_scores_and_text(golden, released_folder, load_image):
+    """The reference's mode: untrained heads vote, and eight findings are left to chosen models."""
+    recorded = json.loads((golden / "expert_text.json").read_text())
+    ensemble = load_released(build_ensemble(untrained_heads_vote=True), released_folder)
+    # One grey picture, one that is not square, and one in colour.
+    for key in "ace":
+        run = recorded["runs"][key]
+        (path,) = (golden / "inputs").glob(f"{key}_*.png")
+        with torch.no_grad():
+            each = torch.stack([member.scores(load_image(path)[None]) for member in ensemble.classifiers.values()])
+        mean = average_votes(each, ensemble.votes())[0].numpy()
+        for name, scores in zip(ensemble.classifiers, each[:, 0].numpy(), strict=True):
+            np.testing.assert_allclose(scores, run["per_model"][name], atol=1e-5, err_msg=f"{name} on {key}")
+        np.testing.assert_allclose(mean, [run["averaged"][finding] for finding in CXR_FINDINGS], atol=1e-5)
+        assert cxr_feedback(dict(zip(CXR_FINDINGS, mean, strict=True)), "", "served").startswith(run["text"])
+
+
+def test_densenet_file_that_asks_for_a_call_is_refused_and_nothing_runs(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
     name = "densenet121-res224-all"
-    torch.save(torch.nn.Linear(1, 1), tmp_path / RELEASED_MODELS[name].file)
-    with pytest.raises(UserError, match="the released DenseNets are pickled modules.*Full-size weights"):
+    torch.save({"features": Attack()}, tmp_path / RELEASED_MODELS[name].file)
+    with pytest.raises(UserError, match=r"refused, and nothing in them was run: it asks for \w+\.system"):
         load_released(build_ensemble([name]), tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_missing_released_file_names_the_download_command(tmp_path):

@@ -1,9 +1,16 @@
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
+from safetensors.torch import load_file
 
-from cxr_expert.training import KnownLabelLoss, find_checkpoint
+from cxr_expert.network import CxrEnsemble, CxrMember
+from cxr_expert.training import KnownLabelLoss, find_checkpoint, run_training
 from vila_m3_common.weights import load_weights
 
 NAN = float("nan")
@@ -65,3 +72,49 @@ def test_training_resumes_and_exports_weights_that_inference_loads(bundle, tmp_p
     network = load_weights(inference.get_parsed_content("network_def"), tmp_path / "model.safetensors")
     assert "Lung Opacity" in network.classifiers["nano"].targets
     assert "Atelectasis" in network.untrained_findings
+
+
+@pytest.mark.parametrize(("exports", "weight"), [("best", 1.0), ("last", 2.0)])
+def test_the_best_or_the_last_weights_are_exported(tmp_path, exports, weight):
+    member = CxrMember(torch.nn.Linear(1, 18), 8)
+    torch.nn.init.constant_(member.network.weight, 1.0)
+    torch.save(member.state_dict(), tmp_path / "best_network_key_metric=0.9.pt")
+    trainer = SimpleNamespace(run=lambda: torch.nn.init.constant_(member.network.weight, 2.0))
+    run_training(trainer, member, CxrEnsemble({"nano": member}), tmp_path, tmp_path / "out.safetensors", exports)
+    assert load_file(tmp_path / "out.safetensors")["members.nano.network.weight"].unique().tolist() == [weight]
+
+
+def test_mistakes_of_the_export_end_the_command(tmp_path):
+    member = CxrMember(torch.nn.Linear(1, 18), 8)
+    arguments = (SimpleNamespace(run=lambda: None), member, CxrEnsemble({"nano": member}), tmp_path, tmp_path / "x")
+    with pytest.raises(SystemExit, match="unknown exports 'first'; valid: best, last"):
+        run_training(*arguments, "first")
+    with pytest.raises(SystemExit, match="the validation had no finding with both a yes and a no"):
+        run_training(*arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_the_first_writes(bundle, tmp_path):
+    """On the CPU the overlay takes gloo in place of NCCL."""
+    files = str([str(bundle / "configs" / name) for name in ("train.json", "multi_gpu_train.json")])
+    options = {
+        "output_dir": "out",
+        "checkpoint_out": "model.safetensors",
+        "max_epochs": 2,
+        "val_interval": 1,
+        "min_positives": 1,
+        "batch_size": 4,
+        "input_size": 32,
+        "phantom_counts": "{'training': 18, 'validation': 15}",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command += ["monai.bundle", "run", "--config_file", files]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("best weights written to model.safetensors") == 1
+    assert find_checkpoint(tmp_path / "out" / "checkpoints", "latest").name.endswith("epoch=2.pt")
+    state = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in state if ".module." in name]
+    assert state["members.nano.trained_heads"].sum() >= 8

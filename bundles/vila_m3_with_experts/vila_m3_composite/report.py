@@ -32,6 +32,9 @@ _COLUMNS = (
     ("mean_hu", "mean (HU)"),
     ("side", "side"),
     ("largest_slice", "largest in slice"),
+    ("probability", "probability"),
+    ("threshold", "threshold"),
+    ("is_uncertain", "uncertain"),
 )
 
 
