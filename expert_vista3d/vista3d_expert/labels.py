@@ -1,31 +1,42 @@
-"""The class table of VISTA3D: names, ids, and the groups that stand on the model card.
+"""The class table of VISTA3D: names, ids, the groups that stand on the model card, and other words for them.
 
-The numbers are in ``vila_m3_common.anatomy``, which training and data preparation read too.
+The numbers are in ``vila_m3_common.anatomy``, which training and data preparation read too; the other words are in
+``synonyms.json`` beside this file.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from vila_m3_common.anatomy import GROUPS, NAMES, TABLE
 from vila_m3_common.errors import UserError, near_match_hint
 
 DEFAULT_GROUP = "everything"
+# Label maps are uint8 and the Model Zoo's bundle writes 255 where nothing was computed.
+LAST_NEW_CLASS = 254
+# The id in a label map of what was marked by points without a class; the first one that no class has.
+MARKED_OBJECT = 133
+MARKED_NAME = "marked object"
+# Classes without a class prompt whose place another class has taken (the Model Zoo bundle's page on inference).
+REPLACEMENTS = {16: 118, 130: 26}
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The content of ``vila_m3_common/anatomy.json``.
+    """The content of ``vila_m3_common/anatomy.json`` and ``synonyms.json``.
 
     Args:
         names: class id -> name, 132 of them.
         groups: argument of the model card -> class ids.
-        synonyms: other word for a group -> group.
+        argument_synonyms: other word for a group -> group.
+        class_synonyms: other word for classes -> their names.
         subclasses: id of a parent class -> ids of its parts. The network answers a parent prompt
             with an empty mask, so the parts are prompted in its place.
         without_class_prompt: ids that the network segments only from points.
@@ -34,7 +45,8 @@ class LabelTable:
 
     names: dict[int, str]
     groups: dict[str, tuple[int, ...]]
-    synonyms: dict[str, str]
+    argument_synonyms: dict[str, str]
+    class_synonyms: dict[str, list[str]]
     subclasses: dict[int, tuple[int, ...]]
     without_class_prompt: tuple[int, ...]
     tumors: tuple[int, ...]
@@ -53,21 +65,33 @@ class LabelTable:
 def label_table() -> LabelTable:
     """Return the table, made once."""
     raw = TABLE
+    synonyms = json.loads((Path(__file__).parent / "synonyms.json").read_text())
     return LabelTable(
         names=NAMES,
         groups=GROUPS,
-        synonyms=raw["synonyms"],
+        argument_synonyms=synonyms["arguments"],
+        class_synonyms=synonyms["classes"],
         subclasses={int(label): tuple(parts) for label, parts in raw["subclasses"].items()},
         without_class_prompt=tuple(raw["without_class_prompt"]),
         tumors=tuple(raw["tumors"]),
     )
 
 
-def spoken_names() -> dict[int, str]:
-    """Return id -> name over all groups; an id in no group has no name in the expert turn."""
+def spoken_names(prompted: Iterable[int] = ()) -> dict[int, str]:
+    """Return id -> name over all groups; an id in no group has no name in the expert turn.
+
+    Args:
+        prompted: ids that a user asked for; they get a name whatever group they are in.
+    """
     table = label_table()
     grouped = {label for labels in table.groups.values() for label in labels}
-    return {label: name for label, name in table.names.items() if label in grouped}
+    names = {label: name for label, name in table.names.items() if label in grouped}
+    return {**names, **{label: table.names.get(label, MARKED_NAME) for label in prompted}}
+
+
+def argument_synonyms() -> dict[str, str]:
+    """Return other word -> argument of the model card."""
+    return label_table().argument_synonyms
 
 
 def tumor_names() -> tuple[str, ...]:
@@ -84,7 +108,7 @@ def argument_ids(argument: str) -> list[int]:
     """
     table = label_table()
     given = argument.strip() or DEFAULT_GROUP
-    group = table.synonyms.get(given, given)
+    group = table.argument_synonyms.get(given.lower(), given)
     if group not in table.groups:
         valid = list(table.groups)
         hint = near_match_hint(given, valid)
@@ -128,20 +152,64 @@ def _parse_text(text: str) -> list[Any]:
         raise UserError(f"label_prompt {text!r} is no list; write it as \"['liver', 26]\"") from error
 
 
+def point_class(label_prompt: Any) -> int | None:
+    """Return the class that points are clicked for; None when the prompt names none.
+
+    Args:
+        label_prompt: one class name or id, or an id from 133 to 254 for a structure that VISTA3D does not know.
+
+    Raises:
+        UserError: if it is unknown, more than one class, or a parent class.
+    """
+    entries = [] if label_prompt is None else _as_list(label_prompt)
+    if not entries:
+        return None
+    number = _as_number(entries[0])
+    is_new = number is not None and len(label_table().names) < number <= LAST_NEW_CLASS
+    labels = (number,) if is_new else _named_ids(entries[0])
+    if len(entries) > 1 or len(labels) > 1:
+        raise UserError(f"points mark one structure, but label_prompt is {label_prompt!r}; give one class, or none")
+    label = int(labels[0] or 0)
+    parts = label_table().subclasses.get(label)
+    if parts:
+        names = ", ".join(label_table().names[part] for part in parts[:5])
+        raise UserError(
+            f"points cannot mark {label_table().names[label]!r} ({label}), which VISTA3D segments in parts; "
+            f"give the part under the points ({names}{', ...' if len(parts) > 5 else ''})"
+        )
+    return label
+
+
+def has_class_prompt(label: int) -> bool:
+    """Return whether the network segments the class without points."""
+    return label in label_table().promptable()
+
+
 def _entry_ids(entry: Any) -> Sequence[int]:
-    table = label_table()
+    return [_check_promptable(label) for label in _named_ids(entry)]
+
+
+def _as_number(entry: Any) -> int | None:
     if isinstance(entry, Integral) and not isinstance(entry, bool):
-        return [_check_id(int(entry))]
-    name = str(entry).strip().lower()
-    if name.isdigit():
-        return [_check_id(int(name))]
-    label = table.ids_by_name().get(name)
-    if label is not None:
-        return [_check_id(label)]
-    group = table.synonyms.get(name, name)
+        return int(entry)
+    text = str(entry).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _named_ids(entry: Any) -> Sequence[int]:
+    """Return the ids of a class id, a class name, a group or another word for one of them."""
+    table = label_table()
+    number = _as_number(entry)
+    if number is not None:
+        return [_check_known(number)]
+    name, ids = str(entry).strip().lower(), table.ids_by_name()
+    names = [name] if name in ids else table.class_synonyms.get(name)
+    if names:
+        return [ids[known] for known in names]
+    group = table.argument_synonyms.get(name, name)
     if group in table.groups:
         return table.groups[group]
-    hint = near_match_hint(name, [*table.ids_by_name(), *table.groups, *table.synonyms])
+    hint = near_match_hint(name, [*ids, *table.class_synonyms, *table.groups, *table.argument_synonyms])
     raise UserError(
         f"unknown VISTA3D class {str(entry)!r}; {hint}Valid: the names and ids (1..{len(table.names)}) of "
         "vila_m3_common/anatomy.json, "
@@ -149,16 +217,22 @@ def _entry_ids(entry: Any) -> Sequence[int]:
     )
 
 
-def _check_id(label: int) -> int:
+def _check_known(label: int) -> int:
     table = label_table()
     if label not in table.names:
         raise UserError(
             f"unknown VISTA3D class id {label}; Valid: 1..{len(table.names)}, see vila_m3_common/anatomy.json"
         )
+    return label
+
+
+def _check_promptable(label: int) -> int:
+    table = label_table()
     if label in table.without_class_prompt:
+        other = REPLACEMENTS.get(label)
         raise UserError(
             f"VISTA3D cannot segment {table.names[label]!r} ({label}) from a class prompt, only from points; "
-            "leave it out of label_prompt"
+            + (f"ask for {table.names[other]!r} ({other}) instead" if other else "leave it out of label_prompt")
         )
     return label
 

@@ -97,8 +97,8 @@ def test_label_prompt_overrides_the_argument(ct_file):
 
 
 def test_unknown_argument_is_a_user_error(ct_file):
-    with pytest.raises(UserError, match="unknown VISTA3D argument 'liver tumor'; did you mean 'lung tumor'"):
-        Vista3dRequest()(ExpertRequest((str(ct_file),), argument="liver tumor"))
+    with pytest.raises(UserError, match="unknown VISTA3D argument 'lung tumour'; did you mean 'lung tumor'"):
+        Vista3dRequest()(ExpertRequest((str(ct_file),), argument="lung tumour"))
 
 
 def test_several_images_are_refused(ct_file):

@@ -14,7 +14,6 @@ from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.hooks import BundleExpert
 from vila_m3_common.phantoms import ct_phantom, save_volume
-from vista3d_expert.training import newest_checkpoint
 
 TINY = {
     "device": "cpu",
@@ -143,23 +142,13 @@ def test_training_writes_weights_and_goes_on_after_a_kill(bundle_root, dataset_d
     first = open_workflow(bundle_root, ["train.json"], "train", **TINY, **paths)
     first.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), first.trainer.terminate)
     first.run()
-    assert newest_checkpoint(paths["ckpt_dir"]).name == "training_checkpoint_epoch=1.pt"
+    assert (tmp_path / "ckpt" / "training.pt").is_file()
     assert (tmp_path / "nano.safetensors").is_file()
     second = open_workflow(bundle_root, ["train.json"], "train", **TINY, **paths)
     epochs = []
     second.trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: epochs.append(engine.state.epoch))
     second.run()
     assert epochs == [2]
-    assert newest_checkpoint(paths["ckpt_dir"]).name == "training_checkpoint_epoch=2.pt"
-
-
-def test_complete_training_is_not_repeated(bundle_root, dataset_dir, tmp_path, capsys):
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / "ckpt" / "training_checkpoint_epoch=2.pt").touch()
-    open_workflow(
-        bundle_root, ["train.json"], "train", **TINY, dataset_dir=str(dataset_dir), ckpt_dir=str(tmp_path / "ckpt")
-    ).run()
-    assert "training is complete (2 epochs); to train anew remove" in capsys.readouterr().out
 
 
 def test_evaluation_writes_metrics_per_argument_and_class(bundle_root, dataset_dir, tmp_path):
