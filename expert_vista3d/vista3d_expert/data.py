@@ -12,7 +12,7 @@ from tqdm import tqdm
 from vila_m3_common.errors import UserError
 from vila_m3_common.phantoms import ct_phantom, save_volume
 
-from .labels import argument_ids, prompt_ids
+from .labels import NewClasses, argument_ids, label_table, prompt_ids
 
 # Seeds of the parts lie apart, so that no phantom is in two of them.
 FIRST_SEEDS = {"training": 0, "validation": 100_000, "testing": 200_000}
@@ -114,21 +114,30 @@ def _check_case(case: Any, path: Path, folder: Path) -> dict[str, str]:
     return {**{key: str(file.resolve()) for key, file in found.items()}, **named}
 
 
-def evaluation_items(cases: Sequence[dict[str, str]], arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one item per case and argument of the model card: the image with that group's prompt.
+def evaluation_items(
+    cases: Sequence[dict[str, str]], arguments: Sequence[str], new_classes: NewClasses = None
+) -> list[dict[str, Any]]:
+    """Return one item per case and argument: the image with that prompt.
 
     Args:
         cases: ``image`` and ``label`` paths.
-        arguments: groups of the model card, such as ``hepatic tumor``.
+        arguments: groups of the model card, such as ``hepatic tumor``, or classes.
+        new_classes: see :func:`.labels.read_new_classes`.
 
     Raises:
-        UserError: if an argument is no group of the card.
+        UserError: if an argument is neither.
     """
-    prompts = {argument: argument_ids(argument) for argument in arguments}
+    groups = label_table().groups  # first, because "hepatic tumor" is a group with the liver, and a class
+    prompts = {
+        argument: argument_ids(argument) if argument in groups else prompt_ids([argument], new_classes)
+        for argument in arguments
+    }
     return [{**case, "label_prompt": ids, "argument": argument} for case in cases for argument, ids in prompts.items()]
 
 
-def validation_items(cases: Sequence[dict[str, str]], prompt: Sequence[str]) -> list[dict[str, Any]]:
+def validation_items(
+    cases: Sequence[dict[str, str]], prompt: Sequence[Any], new_classes: NewClasses = None
+) -> list[dict[str, Any]]:
     """Return one item per case, prompted with the classes, ids or groups of ``prompt``."""
-    ids = prompt_ids(list(prompt))
+    ids = prompt_ids(list(prompt), new_classes)
     return [{**case, "label_prompt": ids} for case in cases]

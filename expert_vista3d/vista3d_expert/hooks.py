@@ -16,7 +16,16 @@ from vila_m3_common.segmentation import SegmentationView, view_segmentation
 from vila_m3_common.slices import window_ct
 from vila_m3_common.volumes import Volume, load_volume
 
-from .labels import MARKED_OBJECT, argument_ids, label_table, point_class, prompt_ids, spoken_names, tumor_names
+from .labels import (
+    MARKED_OBJECT,
+    NewClasses,
+    argument_ids,
+    label_table,
+    point_class,
+    prompt_ids,
+    spoken_names,
+    tumor_names,
+)
 from .points import check_inside, read_points
 
 # A prompt of fewer classes than this was typed by a person, who wants to know about each.
@@ -31,12 +40,20 @@ class Vista3dRequest:
         points: clicks ``[[x, y, z], ...]``, voxel indices of the image; overrides the request's argument.
             ``label_prompt`` then names the marked class, or none.
         point_labels: 1 (inside) or 0 (outside) for each point; None takes all as inside.
+        new_classes: see :func:`.labels.read_new_classes`.
     """
 
-    def __init__(self, label_prompt: Any = None, points: Any = None, point_labels: Any = None) -> None:
+    def __init__(
+        self,
+        label_prompt: Any = None,
+        points: Any = None,
+        point_labels: Any = None,
+        new_classes: NewClasses = None,
+    ) -> None:
         self.label_prompt = label_prompt
         self.points = points
         self.point_labels = point_labels
+        self.new_classes = new_classes
 
     def __call__(self, request: ExpertRequest) -> dict[str, Any]:
         """Return the dataset item: ``image`` (path), and ``label_prompt`` (class ids), ``points``, ``point_labels``.
@@ -51,7 +68,10 @@ class Vista3dRequest:
             point_class(self.label_prompt)
             prompts = {"points": clicks.coordinates, "point_labels": clicks.labels}
             return {"image": request.image_paths[0], "label_prompt": self.label_prompt, **prompts}
-        ids = argument_ids(request.argument) if self.label_prompt is None else prompt_ids(self.label_prompt)
+        if self.label_prompt is None:
+            ids = argument_ids(request.argument)
+        else:
+            ids = prompt_ids(self.label_prompt, self.new_classes)
         return {"image": request.image_paths[0], "label_prompt": ids}
 
 
@@ -71,10 +91,16 @@ class Vista3dFeedback:
 
     Args:
         variant: ``trained`` or ``served``, see :mod:`vila_m3_common.prompts`.
+        point_note: what to tell a user of points about the weights; None when there is nothing to tell.
+        new_classes: see :func:`.labels.read_new_classes`.
     """
 
-    def __init__(self, variant: Variant = "trained") -> None:
+    def __init__(
+        self, variant: Variant = "trained", point_note: str | None = None, new_classes: NewClasses = None
+    ) -> None:
         self.variant = variant
+        self.point_note = point_note
+        self.new_classes = new_classes
 
     def __call__(self, output: Mapping[str, Any]) -> ExpertResult:
         """Turn the label map of a run into text, overlays, measurements and notes.
@@ -87,7 +113,7 @@ class Vista3dFeedback:
         labels = np.asarray(output["pred"].cpu())[0].astype(np.uint8)
         volume = load_volume(request.image_paths[0])
         prompted = json.loads(output["label_prompt"]) or [MARKED_OBJECT]
-        names = spoken_names(prompted)
+        names = spoken_names(prompted, self.new_classes)
         view = view_segmentation(
             labels=labels,
             volume=volume,
@@ -106,8 +132,11 @@ class Vista3dFeedback:
             label_map_path=view.label_map_path,
             legend=merge_legend(pairs),
             measurements=view.measurements,
-            notes=[*view.notes, *_missing(prompted, view)],
+            notes=[*view.notes, *_missing(prompted, names, view), *self._point_notes(output)],
         )
+
+    def _point_notes(self, output: Mapping[str, Any]) -> list[str]:
+        return [self.point_note] if self.point_note and output.get("clicks") else []
 
 
 def merge_legend(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -118,9 +147,9 @@ def merge_legend(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     return {color: ", ".join(names) for color, names in legend.items()}
 
 
-def _missing(prompted: Sequence[int], view: SegmentationView) -> list[str]:
-    """Name what was asked for and not found, which the expert turn leaves out silently: tumours, or all few of it."""
+def _missing(prompted: Sequence[int], names: Mapping[int, str], view: SegmentationView) -> list[str]:
+    """Name what was asked for and not found, which the expert turn leaves out silently: tumours, or all of a few."""
     found = {row["label"] for row in view.measurements}
-    names, tumors = spoken_names(prompted), label_table().tumors
+    tumors = label_table().tumors
     missing = [label for label in prompted if label not in found and (label in tumors or len(prompted) < FEW)]
     return [f"No {names[label]} was found in the volume." for label in missing]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 from vila_m3_common.anatomy import GROUPS, NAMES, TABLE
 from vila_m3_common.errors import UserError, near_match_hint
 
+NewClasses = Mapping[Any, str] | None
+
 DEFAULT_GROUP = "everything"
-# Label maps are uint8 and the Model Zoo's bundle writes 255 where nothing was computed.
+# The Model Zoo's bundle leaves the ids above 132 up to this one to classes that a user adds.
 LAST_NEW_CLASS = 254
-# The id in a label map of what was marked by points without a class; the first one that no class has.
-MARKED_OBJECT = 133
+# The id in a label map of what was marked by points without a class; no class can have it.
+MARKED_OBJECT = 255
 MARKED_NAME = "marked object"
 # Classes without a class prompt whose place another class has taken (the Model Zoo bundle's page on inference).
 REPLACEMENTS = {16: 118, 130: 26}
@@ -77,16 +79,38 @@ def label_table() -> LabelTable:
     )
 
 
-def spoken_names(prompted: Iterable[int] = ()) -> dict[int, str]:
+def spoken_names(prompted: Iterable[int] = (), new_classes: NewClasses = None) -> dict[int, str]:
     """Return id -> name over all groups; an id in no group has no name in the expert turn.
 
     Args:
         prompted: ids that a user asked for; they get a name whatever group they are in.
+        new_classes: see :func:`read_new_classes`.
     """
     table = label_table()
     grouped = {label for labels in table.groups.values() for label in labels}
     names = {label: name for label, name in table.names.items() if label in grouped}
-    return {**names, **{label: table.names.get(label, MARKED_NAME) for label in prompted}}
+    known = {**table.names, **read_new_classes(new_classes)}
+    return {**names, **{label: known.get(label, MARKED_NAME) for label in prompted}}
+
+
+def read_new_classes(new_classes: NewClasses) -> dict[int, str]:
+    """Return id -> name of classes that a network was fine-tuned for and that VISTA3D does not have.
+
+    Args:
+        new_classes: id (in JSON a text) -> name; None for no classes.
+
+    Raises:
+        UserError: if an id is not free.
+    """
+    read = {}
+    for label, name in (new_classes or {}).items():
+        number = _as_number(label)
+        if number is None or not len(NAMES) < number <= LAST_NEW_CLASS:
+            raise UserError(
+                f"new class {name!r} cannot have the id {label!r}; free are {len(NAMES) + 1} to {LAST_NEW_CLASS}"
+            )
+        read[number] = str(name)
+    return read
 
 
 def argument_synonyms() -> dict[str, str]:
@@ -116,12 +140,13 @@ def argument_ids(argument: str) -> list[int]:
     return expand_subclasses(table.groups[group])
 
 
-def prompt_ids(label_prompt: Any) -> list[int]:
+def prompt_ids(label_prompt: Any, new_classes: NewClasses = None) -> list[int]:
     """Return the class prompts for what a user may give.
 
     Args:
         label_prompt: class ids, class names or group names: one of them, a list, or a list written
             as text (``"['liver', 26]"``, ``"liver, spleen"``).
+        new_classes: see :func:`read_new_classes`.
 
     Returns:
         Class ids without parents and without repetitions, in the order given.
@@ -129,7 +154,8 @@ def prompt_ids(label_prompt: Any) -> list[int]:
     Raises:
         UserError: if the prompt is empty or holds something that cannot be prompted.
     """
-    wanted = [label for entry in _as_list(label_prompt) for label in _entry_ids(entry)]
+    added = read_new_classes(new_classes)
+    wanted = [label for entry in _as_list(label_prompt) for label in _entry_ids(entry, added)]
     if not wanted:
         raise UserError("label_prompt is empty; give class names or ids, such as \"['liver', 'hepatic tumor']\"")
     return expand_subclasses(wanted)
@@ -185,8 +211,10 @@ def has_class_prompt(label: int) -> bool:
     return label in label_table().promptable()
 
 
-def _entry_ids(entry: Any) -> Sequence[int]:
-    return [_check_promptable(label) for label in _named_ids(entry)]
+def _entry_ids(entry: Any, added: Mapping[int, str]) -> Sequence[int]:
+    number, name = _as_number(entry), str(entry).strip().lower()
+    new = [label for label, called in added.items() if label == number or called.lower() == name]
+    return new or [_check_promptable(label) for label in _named_ids(entry)]
 
 
 def _as_number(entry: Any) -> int | None:
@@ -242,3 +270,18 @@ def expand_subclasses(labels: Sequence[int]) -> list[int]:
     subclasses = label_table().subclasses
     expanded = [part for label in labels for part in subclasses.get(label, (label,))]
     return list(dict.fromkeys(expanded))
+
+
+def mapped_classes(label_mappings: Mapping[str, Sequence[Sequence[int]]]) -> list[int]:
+    """Return the VISTA3D ids that class mappings lead to, ascending: what a fine-tuned network is asked for.
+
+    Raises:
+        UserError: if nothing is mapped.
+    """
+    targets = sorted({int(target) for pairs in label_mappings.values() for _, target in pairs})
+    if not targets:
+        raise UserError(
+            "label_mappings is empty; say which class of the data set is which of VISTA3D, such as "
+            f'{{"default": [[1, 3]]}}, with ids from 133 to {LAST_NEW_CLASS} for classes that VISTA3D does not have'
+        )
+    return targets

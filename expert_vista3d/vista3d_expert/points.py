@@ -64,7 +64,9 @@ def read_points(points: Any, point_labels: Any = None) -> PointPrompt | None:
     given = _as_list(points, "points")
     if not given:
         if _as_list(point_labels, "point_labels"):
-            raise UserError(f"point_labels {point_labels!r} were given without points; give points=[[x, y, z], ...] too")
+            raise UserError(
+                f"point_labels {point_labels!r} were given without points; give points=[[x, y, z], ...] too"
+            )
         return None
     given = given if isinstance(given[0], (Sequence, np.ndarray)) else [given]
     try:
@@ -86,7 +88,7 @@ def _as_list(given: Any, name: str) -> list[Any]:
         try:
             given = ast.literal_eval(given) if given.strip() else None
         except (ValueError, SyntaxError) as error:
-            raise UserError(f"{name} {given!r} is no list; write it as \"[[10, 20, 30]]\"") from error
+            raise UserError(f'{name} {given!r} is no list; write it as "[[10, 20, 30]]"') from error
     if given is None:
         return []
     return list(given) if isinstance(given, (Sequence, np.ndarray)) else [given]
@@ -100,12 +102,12 @@ def check_inside(prompt: PointPrompt, shape: Sequence[int]) -> None:
             raise UserError(f"point {list(point)} lies outside the image; voxel indices go from 0, 0, 0 to {last}")
 
 
-def points_on_grid(prompt: PointPrompt, image: torch.Tensor) -> torch.Tensor:
+def points_on_grid(prompt: PointPrompt, image: MetaTensor) -> torch.Tensor:
     """Move points from the image as stored to the preprocessed one.
 
     Args:
         prompt: voxel indices of the image file.
-        image: ``(1, 1, X, Y, Z)`` MetaTensor of a batch, whose metadata hold both affines.
+        image: ``(1, 1, X, Y, Z)`` of a batch, whose metadata hold both affines.
 
     Returns:
         ``(1, N, 3)`` float32, voxel indices of ``image``, a hair inside its border.

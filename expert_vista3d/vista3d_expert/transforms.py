@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from vila_m3_common.errors import UserError
 
-from .labels import DEFAULT_GROUP, LAST_NEW_CLASS, argument_ids, label_table, point_class, prompt_ids
+from .labels import DEFAULT_GROUP, LAST_NEW_CLASS, NewClasses, argument_ids, label_table, point_class, prompt_ids
 from .points import read_points
 
 LabelMapping = Sequence[Sequence[int]]
@@ -29,7 +29,13 @@ class ReadPromptd(Transform):
 
     An item may carry ``label_prompt`` (names, ids or groups), ``points`` and ``point_labels`` (see
     :func:`.points.read_points`); points go with one class or none. An item without prompts gets ``everything``.
+
+    Args:
+        new_classes: see :func:`.labels.read_new_classes`.
     """
+
+    def __init__(self, new_classes: NewClasses = None) -> None:
+        self.new_classes = new_classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return the item with the prompts checked.
@@ -43,7 +49,7 @@ class ReadPromptd(Transform):
             label = point_class(prompt)
             ids = [] if label is None else [label]
         else:
-            ids = argument_ids(DEFAULT_GROUP) if prompt is None else prompt_ids(prompt)
+            ids = argument_ids(DEFAULT_GROUP) if prompt is None else prompt_ids(prompt, self.new_classes)
         others = {key: value for key, value in data.items() if key not in ("points", "point_labels")}
         return {**others, "label_prompt": json.dumps(ids), "clicks": clicks.to_json() if clicks else ""}
 
@@ -88,7 +94,9 @@ class MapClassesd(MapTransform):
         name = data.get("dataset_name", "default")
         table = self.tables.get(name, self.tables.get("default"))
         for key in self.key_iterator(mapped):
-            ids = whole_ids(np.asarray(data[key].cpu()), str(getattr(data[key], "meta", {}).get("filename_or_obj", key)))
+            ids = whole_ids(
+                np.asarray(data[key].cpu()), str(getattr(data[key], "meta", {}).get("filename_or_obj", key))
+            )
             mapped[key] = convert_to_dst_type(ids if table is None else table[ids], data[key], dtype=torch.uint8)[0]
         return mapped
 
@@ -119,8 +127,8 @@ def whole_ids(labels: np.ndarray, name: str) -> np.ndarray:
     rounded = np.round(labels)
     if labels.size and (np.abs(labels - rounded).max() > 1e-3 or rounded.min() < 0 or rounded.max() > 255):
         raise UserError(
-            f"label map {Path(name).name} holds values from {labels.min():g} to {labels.max():g} that are no class ids; "
-            "ids are whole numbers from 0 to 255 (was it resampled with interpolation?)"
+            f"label map {Path(name).name} holds values from {labels.min():g} to {labels.max():g} that are no class "
+            "ids; these are whole numbers from 0 to 255 (was it resampled with interpolation?)"
         )
     return rounded.astype(np.uint8)
 

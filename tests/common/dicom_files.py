@@ -18,7 +18,7 @@ def write_dicom(
     orientation: tuple[float, ...] | None = (1, 0, 0, 0, 1, 0),
     spacing: float = 1.0,
 ) -> Path:
-    """Write one frame ``(rows, columns)`` or several ``(frames, rows, columns)`` of uint16 pixels, position in LPS mm."""
+    """Write one frame ``(rows, columns)`` or several ``(frames, rows, columns)`` of uint16; position in LPS mm."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"

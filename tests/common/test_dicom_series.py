@@ -23,14 +23,16 @@ def write_series(
     shift_per_mm: tuple[float, float, float] = (0, 0, 0),
     **tags: object,
 ) -> Path:
-    """Write slices at ``steps`` mm along their normal, each shifted by ``shift_per_mm`` for every mm; slice k holds k."""
+    """Write slices at ``steps`` mm along their normal, shifted by ``shift_per_mm`` for every mm; slice k holds k."""
     folder.mkdir(parents=True, exist_ok=True)
     normal = np.cross(*directions)
     for k, place in enumerate(steps or [0, 2, 4, 6, 8]):
         position = place * normal + place * np.array(shift_per_mm) + [10, 20, 30]
         pixels = np.full((6, 5), k)
         pixels[0, 0] = 100
-        write_dicom(folder / f"{k}.dcm", pixels, position=tuple(position), orientation=tuple(directions.ravel()), **tags)
+        write_dicom(
+            folder / f"{k}.dcm", pixels, position=tuple(position), orientation=tuple(directions.ravel()), **tags
+        )
     return folder
 
 
@@ -50,7 +52,9 @@ def tilted_gantry(folder: Path) -> Path:
     """Slices tilted by 12 degrees about x while the table moves along z."""
     angle = np.radians(12)
     directions = np.array([[1, 0, 0], [0, np.cos(angle), np.sin(angle)]])
-    return write_series(folder, directions=directions, shift_per_mm=(0, np.tan(angle) * np.cos(angle), np.tan(angle) * np.sin(angle)))
+    return write_series(
+        folder, directions=directions, shift_per_mm=(0, np.tan(angle) * np.cos(angle), np.tan(angle) * np.sin(angle))
+    )
 
 
 def localizer_among_them(folder: Path) -> Path:
@@ -87,7 +91,10 @@ def multi_frame(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (missing_slice, r"slices are missing .* in folder s: after the one at 34 mm the next is 4 mm away, elsewhere 2 mm"),
+        (
+            missing_slice,
+            r"slices are missing .* in folder s: after the one at 34 mm the next is 4 mm away, elsewhere 2 mm",
+        ),
         (uneven_slices, r"unevenly spaced in folder s: after the one at 34 mm the next is 1.5 mm away, elsewhere 2 mm"),
         (repeated_slices, r"folder s holds several slices at one position \(time points or reconstructions\?\)"),
         (tilted_gantry, r"the gantry was tilted: .* shifted against each other by 12.0 degrees.*dcm2niix"),

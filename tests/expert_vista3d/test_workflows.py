@@ -14,6 +14,8 @@ from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.hooks import BundleExpert
 from vila_m3_common.phantoms import ct_phantom, save_volume
+from vila_m3_common.weights import load_weights
+from vista3d_expert.network import nano_vista3d
 
 TINY = {
     "device": "cpu",
@@ -169,6 +171,67 @@ def test_evaluation_writes_metrics_per_argument_and_class(bundle_root, dataset_d
     assert metrics["bone lesion"]["classes"]["bone lesion"]["absent_count"] == 1
 
 
+@pytest.mark.parametrize(("epochs", "least_dice"), [(1, 0.0), pytest.param(20, 0.5, marks=pytest.mark.slow)])
+def test_a_new_class_is_fine_tuned_evaluated_and_asked_for(bundle_root, dataset_dir, tmp_path, epochs, least_dice):
+    """The liver of the phantom plays a class that VISTA3D does not have; 40 crops are enough for a start."""
+    nano = ConfigParser.load_config_file(bundle_root / "configs/train.json")["network_def"]
+    tuned = str(tmp_path / "tuned.safetensors")
+    overrides = {
+        **TINY,
+        "network_def": nano,
+        "dataset_dir": str(dataset_dir),
+        "roi_size": [40, 40, 40],
+        "label_mappings": {"default": [[1, 200], [3, 3]]},
+        "new_classes": {"200": "strange organ"},
+    }
+    open_workflow(
+        bundle_root,
+        ["train.json", "finetune.json"],
+        "train",
+        **{**overrides, "epochs": epochs, "val_interval": epochs, "learning_rate": 0.004},
+        init_checkpoint=str(bundle_root / "models/model.safetensors"),
+        checkpoint_out=tuned,
+        ckpt_dir=str(tmp_path / "ckpt"),
+    ).run()
+    evaluation = {"checkpoint": tuned, "output_dir": str(tmp_path / "eval"), "arguments": ["strange organ", "spleen"]}
+    open_workflow(bundle_root, ["train.json", "evaluate.json"], "train", **overrides, **evaluation).run()
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["strange organ"]["classes"]["strange organ"]["dice"] >= least_dice
+    assert set(metrics["spleen"]["classes"]) == {"spleen"}
+    prompt = {"checkpoint": tuned, "label_prompt": "strange organ", "new_classes": {"200": "strange organ"}}
+    expert = BundleExpert(bundle_root, {"device": "cpu", "spacing": 8.0, "roi_size": [40, 40, 40], **prompt})
+    result = expert.run(ExpertRequest((str(dataset_dir / "case/image.nii.gz"),), output_dir=str(tmp_path)))
+    expert.close()
+    assert least_dice == 0 or [row["name"] for row in result.measurements] == ["strange organ"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(bundle_root, dataset_dir, tmp_path):
+    """By the command of several GPUs, here with two processes of the CPU; only the first one writes."""
+    overrides = {
+        "dataset_dir": dataset_dir,
+        "ckpt_dir": tmp_path / "ckpt",
+        "checkpoint_out": tmp_path / "nano.safetensors",
+        "backend": "gloo",
+        "device": "$torch.device('cpu')",
+        "amp": False,
+        "spacing": 8.0,
+        "roi_size": "[24, 24, 24]",
+        "epochs": 2,
+        "val_interval": 1,
+    }
+    arguments = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    configs = [str(bundle_root / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    bundle = ["-m", "monai.bundle", "run", "--config_file", str(configs), *arguments]
+    done = subprocess.run([*command, *bundle], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("best weights are in") == 1
+    load_weights(nano_vista3d(), tmp_path / "nano.safetensors")
+    state = torch.load(tmp_path / "ckpt/training.pt", weights_only=True)
+    assert state["trainer"]["iteration"] == 2  # the two training cases are shared, one for each process
+
+
 def run_command(bundle_root, folder, *arguments):
     command = [sys.executable, "-m", "monai.bundle", "run"]
     config = ["--config_file", str(bundle_root / "configs" / "inference.json"), "--device", "cpu"]
@@ -187,6 +250,24 @@ def test_command_runs_from_another_folder(bundle_root, ct_file, tmp_path):
         "vista3d_labels.nii.gz",
         "vista3d_overlay.png",
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written"),
+    [
+        ({"argument": "hepatoma"}, "The results are <image>"),
+        (
+            {"points": "[[12, 17, 20], [2, 2, 2]]", "point_labels": "[1, 0]"},
+            "note: Points: the point branch of the nano",
+        ),
+    ],
+)
+def test_the_command_takes_other_words_and_points(bundle_root, small_case, tmp_path, capsys, prompt, written):
+    paths = {"image": str(small_case / "image.nii.gz"), "output_dir": str(tmp_path / "out")}
+    cheap = {"device": "cpu", "spacing": 8.0, "roi_size": [40, 40, 40]}
+    open_workflow(bundle_root, ["inference.json"], "infer", **paths, **cheap, **prompt).run()
+    assert written in capsys.readouterr().out
+    assert (tmp_path / "out" / "result.json").is_file()
 
 
 def test_command_ends_with_one_line_for_an_unknown_class(bundle_root, ct_file, tmp_path):
