@@ -143,33 +143,47 @@ class PromptInferer(Inferer):
         moved = volume.movedim(2 + axis, 2)
         depth, *plane = moved.shape[2:]
         roi = self.roi_size[axis]
-        is_projected = len(vectors) <= vectors.shape[1]
+        blends_logits = len(vectors) <= vectors.shape[1]
+        make_maps = partial(self._window_maps, network=network, vectors=vectors if blends_logits else None, axis=axis)
         layer = torch.zeros((min(vectors.shape), roi, *plane), device=volume.device)
         starts = window_starts(depth, roi, self.overlap)
         with self._progress(volume.shape[2:]) as bar:
             for start, next_start in zip(starts, [*starts[1:], depth], strict=True):
-                maps = self._window_maps(moved[:, :, start : start + roi], network, axis, bar)
-                for (y, z), features in maps:
-                    layer[..., y, z] += project(features, vectors) if is_projected else features
+                self._add_layer(layer, moved[:, :, start : start + roi], make_maps, axis, bar)
                 for offset in range(next_start - start):
-                    yield layer[:, offset] if is_projected else project(layer[:, offset], vectors)
+                    yield layer[:, offset] if blends_logits else project(layer[:, offset], vectors)
                 drop_planes(layer, next_start - start)
 
-    def _window_maps(
-        self, slab: torch.Tensor, network: VISTA3D, axis: int, bar: tqdm
-    ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-        """Yield the place in the plane and the weighted features of every window of ``slab`` (1, 1, roi, ., .)."""
-        weight = compute_importance_map(self.roi_size, mode=self.mode, device=slab.device).movedim(axis, 0)
+    def _add_layer(
+        self,
+        layer: torch.Tensor,
+        slab: torch.Tensor,
+        make_maps: Callable[[torch.Tensor], torch.Tensor],
+        axis: int,
+        bar: tqdm,
+    ) -> None:
+        """Add the maps of all windows of ``slab`` (1, 1, roi, ., .) to ``layer`` (M, roi, ., .)."""
         places = list(self._places(slab.shape[3:], axis))
         for first in range(0, len(places), self.sw_batch_size):
             batch = places[first : first + self.sw_batch_size]
-            windows = torch.cat([slab[..., y, z] for y, z in batch]).movedim(2, 2 + axis).contiguous()
-            with bfloat16(slab.device, self.amp):
-                features = image_features(network, windows).float().movedim(2 + axis, 2)
-            if self.mode != "constant":
-                features = features * weight
-            yield from zip(batch, features, strict=True)
+            maps = make_maps(torch.cat([slab[..., y, z] for y, z in batch]))
+            for window, (y, z) in enumerate(batch):
+                layer[..., y, z] += maps[window]
+            del maps  # not kept while the next windows are computed
             bar.update(len(batch))
+
+    def _window_maps(
+        self, windows: torch.Tensor, network: VISTA3D, vectors: torch.Tensor | None, axis: int
+    ) -> torch.Tensor:
+        """Return weighted logits, or features without ``vectors``, ``(B, M, roi, ., .)`` of windows stored likewise."""
+        windows = windows.movedim(2, 2 + axis).contiguous()
+        with bfloat16(windows.device, self.amp):
+            maps = image_features(network, windows).float()
+        if vectors is not None:
+            maps = torch.stack([project(features, vectors) for features in maps])
+        if self.mode != "constant":
+            maps = maps * compute_importance_map(self.roi_size, mode=self.mode, device=maps.device)
+        return maps.movedim(2 + axis, 2)
 
     def _places(self, plane: Sequence[int], axis: int) -> Iterator[tuple[slice, slice]]:
         rois = [roi for place, roi in enumerate(self.roi_size) if place != axis]
@@ -211,7 +225,7 @@ def window_starts(size: int, roi: int, overlap: float) -> list[int]:
 
 def project(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """Return the logits ``(K, ...)`` of features ``(C, ...)`` for class vectors ``(K, C)``."""
-    return torch.tensordot(vectors, features, dims=1)
+    return torch.einsum("kc,c...->k...", vectors, features)
 
 
 def drop_planes(layer: torch.Tensor, count: int) -> None:

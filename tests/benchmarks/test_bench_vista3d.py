@@ -45,6 +45,11 @@ def measure(settings: dict[str, Any], folder: Path, path: str) -> tuple[dict[str
     return json.loads(done.stdout.splitlines()[-1]), np.load(output)
 
 
+def measure_twice(settings: dict[str, Any], folder: Path, path: str) -> tuple[dict[str, float], np.ndarray]:
+    """Keep the faster of two runs: what else the machine does only ever slows one down."""
+    return min((measure(settings, folder, path) for _ in range(2)), key=lambda run: run[0]["seconds"])
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random weights of seed 0 for both networks."""
@@ -75,8 +80,8 @@ def test_against_the_model_zoos_path(
         "image": str(scans[network]),
         "prompt": PROMPTS[prompt],
     }
-    ours, labels = measure(settings, tmp_path, "here")
-    zoo, expected = measure(settings, tmp_path, "zoo")
+    ours, labels = measure_twice(settings, tmp_path, "here")
+    zoo, expected = measure_twice(settings, tmp_path, "zoo")
     print(
         f"\n{network:4} {prompt:10} here {ours['seconds']:6.1f} s, {ours['added_mb']:6.0f} MB   "
         f"zoo {zoo['seconds']:6.1f} s, {zoo['added_mb']:6.0f} MB   "

@@ -6,7 +6,6 @@ borders (its overlap setting does not reach it, so 0.25 is used), ``VistaPostTra
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -100,10 +99,16 @@ PATHS: dict[str, Callable[[ConfigParser, VISTA3D, dict[str, Any]], np.ndarray]] 
 }
 
 
-def current_mb() -> float:
-    """Resident memory of this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def resident_mb(peak: bool = False) -> float:
+    """Resident memory of this process now, or its largest value since :func:`forget_peak`."""
+    field = "VmHWM" if peak else "VmRSS"
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let Linux count the peak anew: imports and loading the weights may have needed more."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:
@@ -113,12 +118,12 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["path"] == "zoo":
         network = network.to(memory_format=torch.contiguous_format)
     LoadImaged("image")({"image": settings["image"]})  # imports the readers, which take memory of their own
-    before = current_mb()
+    forget_peak()
+    before = resident_mb()
     start = time.perf_counter()
     labels = PATHS[settings["path"]](parser, network, settings)
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, resident_mb(peak=True)
     np.save(settings["output"], labels.astype(np.uint8))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kB on Linux
     return {"seconds": seconds, "peak_mb": peak, "added_mb": peak - before}
 
 
