@@ -6,15 +6,9 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 
 from vista3d_expert.inferer import PromptInferer, best_labels, project, window_starts
-from vista3d_expert.network import class_vectors, image_features, nano_vista3d
+from vista3d_expert.network import class_vectors, image_features
 
 LABELS = [1, 3, 26, 33, 118]
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    return nano_vista3d(init_filters=8, feature_size=8, blocks_down=(1, 1)).eval()
 
 
 @pytest.fixture(scope="module")

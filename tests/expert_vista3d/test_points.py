@@ -18,17 +18,10 @@ from vila_m3_common.hooks import BundleExpert
 from vista3d_expert.hooks import Vista3dFeedback, Vista3dRequest
 from vista3d_expert.inferer import PromptInferer, prompted_batch
 from vista3d_expert.labels import MARKED_OBJECT, point_class
-from vista3d_expert.network import nano_vista3d
 from vista3d_expert.points import PointPrompt, check_inside, points_on_grid, read_points
 from vista3d_expert.transforms import ReadPromptd
 
 ROI = (16, 16, 16)
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    return nano_vista3d(init_filters=8, feature_size=8, blocks_down=(1, 1)).eval()
 
 
 @pytest.fixture(scope="module")
