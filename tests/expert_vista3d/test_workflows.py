@@ -208,6 +208,9 @@ def test_a_new_class_is_fine_tuned_evaluated_and_asked_for(bundle_root, dataset_
 @pytest.mark.slow
 def test_two_processes_train_together(bundle_root, dataset_dir, tmp_path):
     """By the command of several GPUs, here with two processes of the CPU; only the first one writes."""
+    datalist = json.loads((dataset_dir / "datalist.json").read_text())
+    datalist["validation"] *= 2  # every process needs a case
+    (dataset_dir / "datalist.json").write_text(json.dumps(datalist))
     overrides = {
         "dataset_dir": dataset_dir,
         "ckpt_dir": tmp_path / "ckpt",
