@@ -7,7 +7,7 @@ import pytest
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.expert import ModelCard
-from vista3d_expert.labels import argument_ids, label_table, prompt_ids, spoken_names, tumor_names
+from vista3d_expert.labels import argument_ids, label_table, mapped_classes, prompt_ids, spoken_names, tumor_names
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +126,15 @@ def test_ids_in_no_group_have_no_name_in_the_expert_turn(shared):
 
 def test_tumors_are_named():
     assert tumor_names() == ("lung tumor", "pancreatic tumor", "hepatic tumor", "bone lesion")
+
+
+def test_totalsegmentators_classes_are_mapped_as_recorded(bundle_root, shared):
+    recorded = json.loads((shared / "golden/experts/glue/glue.json").read_text())["totalseg_to_vista3d_ids"]
+    overlay = json.loads((bundle_root / "configs/totalsegmentator.json").read_text())
+    assert dict(overlay["label_mappings"]["totalsegmentator"]) == {int(label): to for label, to in recorded.items()}
+    assert mapped_classes(overlay["label_mappings"]) == sorted(recorded.values())
+
+
+def test_fine_tuning_without_a_mapping_is_a_user_error():
+    with pytest.raises(UserError, match=re.escape("label_mappings is empty; say which class of the data set")):
+        mapped_classes({})
