@@ -27,6 +27,7 @@ class ModelCard:
         study_modality: which studies the expert reads: ``CT``, ``MRI`` or ``CXR``.
         input_description: what the expert needs, in words that a user can act on.
         sequence_count: how many images of one study it reads together (4 for BraTS).
+        synonyms: other word -> argument that the expert takes it for; not part of the rendered card.
         report_ends_turn: whether a turn that reports ("using <NAME>") is final, or goes on after
             the feedback (as BraTS was trained).
     """
@@ -41,6 +42,7 @@ class ModelCard:
     input_description: str = ""
     sequence_count: int = 1
     report_ends_turn: bool = True
+    synonyms: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def render(self) -> str:
         """Return the card as one line in the form that the released weights were trained on."""
@@ -56,7 +58,7 @@ class ModelCard:
 
     def unknown_argument_message(self, argument: str) -> str | None:
         """Return why ``argument`` is not valid, or None when it is; an empty one is the expert's default."""
-        if not argument or argument in self.valid_args:
+        if not argument or argument in self.valid_args or argument.lower() in self.synonyms:
             return None
         if not self.valid_args:
             return f"{self.name} takes no argument, but was given {argument!r}; write <{self.name}()>"

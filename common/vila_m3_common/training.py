@@ -22,10 +22,15 @@ from .weights import save_weights
 SMALLEST_BFLOAT16_SIZE = 24
 
 
+def process_rank() -> int:
+    """Return the rank among the processes of a training; 0 for the only one."""
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
 def is_main_process() -> bool:
     """Return whether this process writes files: the only one, or rank 0 of several."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return process_rank() == 0
 
 
 def bfloat16(device: torch.device, enabled: bool = True) -> AbstractContextManager:

@@ -18,10 +18,14 @@ from PIL import Image, UnidentifiedImageError
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
+from .dicom_series import check_series
 from .errors import UserError
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 RADIOGRAPH_SUFFIXES = (".png", ".jpg", ".jpeg")
+SMALLEST_VOXEL_MM = 1e-3
+# Largest cosine between two axes, of half a degree; headers are written with few decimals.
+LARGEST_SHEAR = 0.009
 
 # What the readers raise for a damaged file.
 _READ_ERRORS = (
@@ -91,16 +95,18 @@ def load_volume(path: str | Path) -> Volume:
     """Read a volume, once: the same unchanged file comes from memory on the next call.
 
     Raises:
-        UserError: if the file is missing, empty, unreadable, not 3-D, constant, or holds NaN or infinity.
+        UserError: if the file is missing, empty, unreadable, not 3-D, constant, or holds NaN or infinity; if its
+            axes are sheared; if a DICOM series is no volume, see :func:`.dicom_series.check_series`.
     """
     path = Path(path)
     check_file(path)
-    stamp = path.stat()
-    return _load_volume(path.resolve(), stamp.st_mtime_ns, stamp.st_size)
+    files = dicom_files(path) if path.is_dir() else [path]
+    stamps = [file.stat() for file in files]
+    return _load_volume(path.resolve(), tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in stamps))
 
 
 @functools.lru_cache(maxsize=6)
-def _load_volume(path: Path, _mtime: int, _size: int) -> Volume:
+def _load_volume(path: Path, _stamps: tuple[tuple[int, int], ...]) -> Volume:
     array, affine = _read(path)
     if array.ndim == 2 or (array.ndim == 3 and min(array.shape) == 1):
         raise UserError(
@@ -113,6 +119,7 @@ def _load_volume(path: Path, _mtime: int, _size: int) -> Volume:
         raise UserError(
             f"{path.name} has {array.ndim} axes {array.shape}; 3 (x, y, z) or 4 (x, y, z, channel) are read"
         )
+    _check_axes(affine, path)
     _check_intensities(array, path)
     array.setflags(write=False)
     return Volume(array, affine, path)
@@ -120,7 +127,10 @@ def _load_volume(path: Path, _mtime: int, _size: int) -> Volume:
 
 def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if path.is_dir():
-        _check_one_series(path)
+        files = dicom_files(path)
+        if not files:
+            raise UserError(f"folder {path.name} holds no DICOM files; give a file or the folder of one DICOM series")
+        check_series(files, path.name)
     elif not has_suffix(path, VOLUME_SUFFIXES) and not is_dicom(path):
         raise UserError(
             f"{path.name} is no image this program reads; allowed: {', '.join(VOLUME_SUFFIXES)}, "
@@ -138,22 +148,21 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(image), np.asarray(image.affine, dtype=np.float64)
 
 
-def _check_one_series(folder: Path) -> None:
-    files = dicom_files(folder)
-    if not files:
-        raise UserError(f"folder {folder.name} holds no DICOM files; give a file or the folder of one DICOM series")
-    series = {
-        str(
-            pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID")
-        )
-        for file in files
-    }
-    if len(series) > 1:
+def _check_axes(affine: np.ndarray, path: Path) -> None:
+    """Refuse geometry that slices and measurements cannot be taken from."""
+    columns = affine[:3, :3]
+    lengths = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(affine).all() or (lengths < SMALLEST_VOXEL_MM).any():
         raise UserError(
-            f"folder {folder.name} holds {len(series)} DICOM series; put the one to read into its own folder"
+            f"{path.name} has no usable geometry (voxel size {', '.join(f'{step:g}' for step in lengths)} mm); "
+            "write it again with the affine of the original image"
         )
-    if len(files) == 1:
-        raise UserError(f"folder {folder.name} holds a single slice; give the folder with the whole series")
+    cosines = np.abs((columns / lengths).T @ (columns / lengths) - np.eye(3))
+    if cosines.max() > LARGEST_SHEAR:
+        raise UserError(
+            f"the axes of {path.name} are sheared by {np.degrees(np.arcsin(min(cosines.max(), 1.0))):.1f} degrees (a "
+            "tilted gantry?); resample it to a rectangular grid first"
+        )
 
 
 def _check_intensities(array: np.ndarray, path: Path) -> None:

@@ -17,7 +17,7 @@ from monai.engines import Evaluator
 from vila_m3_common.errors import exits_with_message
 from vila_m3_common.standalone import make_output_dir
 
-from .labels import label_table
+from .labels import NewClasses, label_table, read_new_classes
 from .training import dice
 
 
@@ -66,10 +66,12 @@ class SegmentationReport:
 
     Args:
         output_dir: folder for ``metrics.json``; created when missing.
+        new_classes: see :func:`.labels.read_new_classes`.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(self, output_dir: str, new_classes: NewClasses = None) -> None:
         self.output_dir = output_dir
+        self.names = {**label_table().names, **read_new_classes(new_classes)}
         self._tallies: dict[str, dict[int, ClassTally]] = {}
 
     def attach(self, engine: Engine) -> None:
@@ -94,9 +96,8 @@ class SegmentationReport:
 
     def summary(self) -> dict[str, Any]:
         """Return argument -> mean Dice over the classes that occur, and the figures of every class."""
-        names = label_table().names
         return {
-            argument: _summarize({names[label]: tally.summary() for label, tally in tallies.items()})
+            argument: _summarize({self.names[label]: tally.summary() for label, tally in tallies.items()})
             for argument, tallies in self._tallies.items()
         }
 

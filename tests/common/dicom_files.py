@@ -15,9 +15,11 @@ def write_dicom(
     position: tuple[float, float, float] = (0.0, 0.0, 0.0),
     photometric: str = "MONOCHROME2",
     intercept: float = 0.0,
+    orientation: tuple[float, ...] | None = (1, 0, 0, 0, 1, 0),
+    spacing: float = 1.0,
     **tags: object,
 ) -> Path:
-    """Write one frame ``(rows, columns)`` or several ``(frames, rows, columns)`` of uint16 pixels, 1 mm spacing.
+    """Write one frame ``(rows, columns)`` or several ``(frames, rows, columns)`` of uint16 pixels; position in LPS mm.
 
     ``tags`` are set last, by their keywords.
     """
@@ -36,8 +38,9 @@ def write_dicom(
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
     dataset.BitsAllocated = dataset.BitsStored = 16
     dataset.HighBit, dataset.PixelRepresentation = 15, 0
-    dataset.PixelSpacing, dataset.SliceThickness = [1.0, 1.0], 1.0
-    dataset.ImagePositionPatient, dataset.ImageOrientationPatient = list(position), [1, 0, 0, 0, 1, 0]
+    dataset.PixelSpacing, dataset.SliceThickness = [spacing, spacing], 1.0
+    if orientation is not None:
+        dataset.ImagePositionPatient, dataset.ImageOrientationPatient = list(position), list(orientation)
     dataset.RescaleSlope, dataset.RescaleIntercept = 1, intercept
     dataset.PixelData = pixels.astype(np.uint16).tobytes()
     for keyword, value in tags.items():

@@ -29,6 +29,13 @@ def test_valid_and_empty_arguments_pass() -> None:
     assert CARD.unknown_argument_message("") is None
 
 
+def test_other_words_for_an_argument_pass_and_do_not_change_the_card() -> None:
+    card = ModelCard("VISTA3D", "CT", "s", "o", "a", ("hepatic tumor",), synonyms={"hepatoma": "hepatic tumor"})
+    assert card.unknown_argument_message("Hepatoma") is None
+    assert "hepatoma" not in card.render()
+    assert card.unknown_argument_message("hepatomas") == ("unknown VISTA3D argument 'hepatomas'; Valid: hepatic tumor")
+
+
 def test_an_unknown_argument_is_explained() -> None:
     assert CARD.unknown_argument_message("hepatic tumour") == (
         "unknown VISTA3D argument 'hepatic tumour'; did you mean 'hepatic tumor'? "

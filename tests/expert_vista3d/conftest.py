@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
+from monai.networks.nets.vista3d import VISTA3D
 
 import vista3d_expert
 from vila_m3_common.phantoms import ct_phantom, save_volume
+from vista3d_expert.network import nano_vista3d
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,10 @@ def small_case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_volume(phantom.image, phantom.affine, folder / "image.nii.gz")
     save_volume(phantom.labels, phantom.affine, folder / "label.nii.gz")
     return folder
+
+
+@pytest.fixture(scope="session")
+def network() -> VISTA3D:
+    """A VISTA3D of two levels with the random weights of seed 0."""
+    torch.manual_seed(0)
+    return nano_vista3d(init_filters=8, feature_size=8, blocks_down=(1, 1)).eval()

@@ -60,6 +60,34 @@ def test_unusable_list_says_what_to_write(tmp_path, datalist, message):
         prepare_datalists(str(tmp_path), {"training": 1})
 
 
+@pytest.fixture
+def folded_list(tmp_path, small_case):
+    (tmp_path / "case").symlink_to(small_case)
+    case = {"image": "case/image.nii.gz", "label": "case/label.nii.gz"}
+    cases = [{**case, "fold": fold, "dataset_name": f"fold {fold}"} for fold in (0, 1, 2)]
+    (tmp_path / "list.json").write_text(json.dumps({"training": cases}))
+    return tmp_path / "list.json"
+
+
+def test_cases_of_one_fold_are_validated_as_in_the_model_zoos_lists(folded_list):
+    parts = {"training": 1, "validation": 1}
+    lists = prepare_datalists(str(folded_list.parent), parts, data_list=str(folded_list), fold=1)
+    assert [case["dataset_name"] for case in lists["training"]] == ["fold 0", "fold 2"]
+    assert [case["dataset_name"] for case in lists["validation"]] == ["fold 1"]
+
+
+def test_real_cases_are_added_to_the_training_phantoms(tmp_path, folded_list, drawn_seeds):
+    parts = {"training": 2, "validation": 1}
+    lists = prepare_datalists(str(tmp_path / "phantoms"), parts, more_cases=str(folded_list), more_times=3)
+    assert [case.get("dataset_name") for case in lists["training"]] == [None, None, *["fold 1", "fold 2"] * 3]
+    assert len(lists["validation"]) == 1
+
+
+def test_a_missing_list_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=r"data list .*absent.json cannot be read \(No such file"):
+        prepare_datalists(str(tmp_path), {"training": 1}, data_list=str(tmp_path / "absent.json"))
+
+
 def test_evaluation_prompts_every_case_with_every_argument():
     items = evaluation_items([{"image": "a", "label": "b"}], ["hepatic tumor", "bone lesion"])
     assert items == [

@@ -48,6 +48,33 @@ def test_texts_are_those_of_the_reference(glue, tmp_path):
         assert served == f"{described}Use this result to respond to this prompt:\n{QUESTION}", name
 
 
+def recorded_training_turns(shared):
+    """Yield (expert turn, question) of the recorded CT conversations of the training data."""
+    folder = shared / "golden/data_eval/1_data_preparation/experts/vista3d/output"
+    for name in ("vista3d_train.json", "vista3d_test.json"):
+        for entry in json.loads((folder / name).read_text()):
+            texts = [turn["value"] for turn in entry["conversations"]]
+            if len(texts) > 2:
+                yield texts[2], texts[0].rsplit("This is a CT image.\n", 1)[1]
+
+
+def test_trained_turns_are_those_of_the_recorded_training_data(shared, ct_file, tmp_path):
+    """The made-up records name the structure before its colour, ours the colour first, as the served texts do."""
+    ids, count = {"liver": 1, "spleen": 3}, 0
+    for recorded, question in recorded_training_turns(shared):
+        pairs = [pair.split(": ") for pair in recorded.split("describe ")[1].split(". Use")[0].split(", ")]
+        labels = torch.zeros(1, 72, 64, 56)
+        for place, (structure, _) in enumerate(pairs):
+            labels[0, 30, 10 * place : 10 * place + 9, 20:30] = ids[structure]
+        request = ExpertRequest((str(ct_file),), slice_index=25, question=question, output_dir=str(tmp_path))
+        output = {"pred": labels, "request": request.to_json(), "label_prompt": "[1, 3]"}
+        swapped = ", ".join(f"{color}: {structure}" for structure, color in pairs)
+        described = ", ".join(": ".join(pair) for pair in pairs)
+        assert Vista3dFeedback()(output).text == recorded.replace(described, swapped, 1)
+        count += 1
+    assert count == 20
+
+
 def test_overlays_are_those_of_the_reference(glue, tmp_path):
     for name, case in read_cases(glue).items():
         recorded = np.asarray(Image.open(glue / case["overlay_png"].split(" ")[0])).astype(int)
@@ -97,8 +124,8 @@ def test_label_prompt_overrides_the_argument(ct_file):
 
 
 def test_unknown_argument_is_a_user_error(ct_file):
-    with pytest.raises(UserError, match="unknown VISTA3D argument 'liver tumor'; did you mean 'lung tumor'"):
-        Vista3dRequest()(ExpertRequest((str(ct_file),), argument="liver tumor"))
+    with pytest.raises(UserError, match="unknown VISTA3D argument 'lung tumour'; did you mean 'lung tumor'"):
+        Vista3dRequest()(ExpertRequest((str(ct_file),), argument="lung tumour"))
 
 
 def test_several_images_are_refused(ct_file):

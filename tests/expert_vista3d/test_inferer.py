@@ -5,16 +5,10 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 
-from vista3d_expert.inferer import PromptInferer, best_labels, window_starts
-from vista3d_expert.network import class_vectors, image_features, nano_vista3d
+from vista3d_expert.inferer import PromptInferer, best_labels, project, window_starts
+from vista3d_expert.network import class_vectors, image_features
 
 LABELS = [1, 3, 26, 33, 118]
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    return nano_vista3d(init_filters=8, feature_size=8, blocks_down=(1, 1)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +24,15 @@ def reference_labels(network, volume, roi, overlap, mode):
         return network(window, class_vector=prompts, transpose=True)
 
     with torch.no_grad():
-        logits = sliding_window_inference(volume, roi, 1, predict, overlap=overlap, mode=mode)[0]
+        logits = sliding_window_inference(
+            volume, roi, 1, predict, overlap=overlap, mode=mode, padding_mode="replicate"
+        )[0]
     best, index = logits.max(dim=0)
     return torch.where(best > 0, torch.tensor(LABELS)[index], 0)
 
 
 @pytest.mark.parametrize("mode", ["constant", "gaussian"])
-@pytest.mark.parametrize(("roi", "overlap"), [((12, 12, 12), 0.25), ((8, 16, 12), 0.5), ((24, 24, 32), 0.25)])
+@pytest.mark.parametrize(("roi", "overlap"), [((12, 12, 12), 0.25), ((8, 16, 12), 0.3), ((24, 24, 32), 0.25)])
 def test_label_map_is_that_of_blended_logits(network, volume, roi, overlap, mode):
     inferer = PromptInferer(roi, overlap, mode, sw_batch_size=2)
     labels = inferer(volume, network, label_ids=LABELS)
@@ -80,8 +76,8 @@ def test_label_map_keeps_the_metadata_of_the_image(network):
 
 def test_background_where_no_logit_is_positive():
     features = torch.tensor([[[1.0, -1.0, 2.0]], [[-1.0, -1.0, 3.0]]])
-    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    labels = best_labels(features, vectors, torch.tensor([7, 9], dtype=torch.uint8))
+    logits = project(features, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    labels = best_labels(logits, torch.tensor([7, 9], dtype=torch.uint8))
     assert labels.tolist() == [[7, 0, 9]]
 
 

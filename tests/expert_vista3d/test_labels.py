@@ -7,7 +7,7 @@ import pytest
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.expert import ModelCard
-from vista3d_expert.labels import argument_ids, label_table, prompt_ids, spoken_names, tumor_names
+from vista3d_expert.labels import argument_ids, label_table, mapped_classes, prompt_ids, spoken_names, tumor_names
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,18 @@ def test_empty_argument_means_everything(argument):
     assert len(argument_ids(argument)) == 117
 
 
-@pytest.mark.parametrize("argument", ["hepatic tumor", "hepatoma"])
+@pytest.mark.parametrize("argument", ["hepatic tumor", "hepatoma", "Hepatoma", "liver mass"])
 def test_hepatoma_is_another_word_for_hepatic_tumor(argument):
     assert argument_ids(argument) == [1, 26]
+
+
+def test_other_words_lead_to_arguments_and_classes_that_exist_and_are_no_names_themselves():
+    table = label_table()
+    assert set(table.argument_synonyms.values()) <= set(table.groups)
+    assert not set(table.argument_synonyms) & set(table.groups)
+    assert {name for names in table.class_synonyms.values() for name in names} <= set(table.names.values())
+    assert not set(table.class_synonyms) & set(table.ids_by_name())
+    assert all(word == word.lower() for word in [*table.argument_synonyms, *table.class_synonyms])
 
 
 def test_parent_classes_are_replaced_by_their_parts_once():
@@ -75,6 +84,8 @@ def test_unknown_argument_reads_like_the_message_of_the_card():
         ("Vertebrae L5", [33]),
         ("muscles", [98, 99, 100, 101, 102, 103, 104, 105, 106, 107]),
         (["airway", "airway"], [132]),
+        (["kidneys", "Gall bladder"], [14, 5, 10]),
+        ("lung nodule", [28, 29, 30, 31, 32, 23]),
     ],
 )
 def test_label_prompt_takes_names_ids_and_groups(prompt, expected):
@@ -90,11 +101,21 @@ def test_label_prompt_takes_names_ids_and_groups(prompt, expected):
         ([], "label_prompt is empty"),
         ("['liver'", "is no list; write it as"),
         ([True], "unknown VISTA3D class 'True'"),
+        ("liver tumor", "only from points; ask for 'hepatic tumor' (26) instead"),
+        ("prostate or uterus", "only from points; ask for 'prostate' (118) instead"),
     ],
 )
 def test_unusable_prompt_says_what_to_give(prompt, message):
     with pytest.raises(UserError, match=re.escape(message)):
         prompt_ids(prompt)
+
+
+def test_new_classes_of_a_fine_tuned_network_are_prompted_by_name_and_id():
+    assert prompt_ids(["spleen lesion", "liver", 134], {"133": "spleen lesion", "134": "stent"}) == [133, 1, 134]
+    with pytest.raises(UserError, match="unknown VISTA3D class id 135"):
+        prompt_ids([135], {"134": "stent"})
+    with pytest.raises(UserError, match=r"new class 'stent' cannot have the id '132'; free are 133 to 254"):
+        prompt_ids([1], {"132": "stent"})
 
 
 def test_ids_in_no_group_have_no_name_in_the_expert_turn(shared):
@@ -105,3 +126,15 @@ def test_ids_in_no_group_have_no_name_in_the_expert_turn(shared):
 
 def test_tumors_are_named():
     assert tumor_names() == ("lung tumor", "pancreatic tumor", "hepatic tumor", "bone lesion")
+
+
+def test_totalsegmentators_classes_are_mapped_as_recorded(bundle_root, shared):
+    recorded = json.loads((shared / "golden/experts/glue/glue.json").read_text())["totalseg_to_vista3d_ids"]
+    overlay = json.loads((bundle_root / "configs/totalsegmentator.json").read_text())
+    assert dict(overlay["label_mappings"]["totalsegmentator"]) == {int(label): to for label, to in recorded.items()}
+    assert mapped_classes(overlay["label_mappings"]) == sorted(recorded.values())
+
+
+def test_fine_tuning_without_a_mapping_is_a_user_error():
+    with pytest.raises(UserError, match=re.escape("label_mappings is empty; say which class of the data set")):
+        mapped_classes({})

@@ -1,14 +1,12 @@
-"""Prompts of a crop, the validation metric, the best weights."""
+"""Prompts of a crop, the validation metric."""
 
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
 from monai.data import MetaTensor
 
-from vila_m3_common.weights import read_state_dict
 from vista3d_expert.labels import label_table
-from vista3d_expert.training import BestWeights, MeanLabelDice, PromptSampler, label_ratios, newest_checkpoint
+from vista3d_expert.training import MeanLabelDice, PromptSampler, label_ratios
 
 PRESENT = np.array([0, 1, 3, 26, 33])
 
@@ -40,6 +38,13 @@ def test_absent_prompts_come_from_annotated_classes_only():
         assert set(sampler.choose(PRESENT).tolist()) == {1, 3, 5, 14, 26}
 
 
+def test_a_mapped_data_set_is_prompted_with_its_own_classes_only():
+    sampler = PromptSampler(label_mappings={"spleens": [[1, 3]], "default": [[7, 200], [8, 1]]}, absent_count=200)
+    assert sampler.choose(PRESENT, "spleens").tolist() == [3]
+    assert sampler.choose(PRESENT).tolist() == [1, 200]
+    assert len(label_ratios(15, {"default": [[7, 200]]})) == 201
+
+
 def test_parents_and_point_only_classes_are_never_prompted():
     sampler = PromptSampler(absent_count=200)
     assert not set(sampler.choose(PRESENT).tolist()) & {2, 16, 18, 20, 21, 129, 130, 131}
@@ -64,25 +69,3 @@ def test_metric_averages_cases_first_and_classes_then():
     metric.update(([torch.tensor([[1, 1, 0, 2]])], [truth]))
     metric.update(([torch.tensor([[1, 1, 0, 0]])], [truth]))
     assert metric.compute() == pytest.approx((1.0 + 0.5) / 2)
-
-
-def test_only_better_weights_are_written(tmp_path):
-    network, path = torch.nn.Linear(1, 1, bias=False), tmp_path / "model.safetensors"
-    engine = Engine(lambda engine, batch: None)
-    best = BestWeights(network, str(path), "dice")
-    for weight, value in [(1.0, 0.3), (2.0, 0.5), (3.0, 0.4)]:
-        network.weight.data.fill_(weight)
-        engine.state.metrics = {"dice": value}
-        best(engine)
-    assert read_state_dict(path)["weight"].item() == 2.0
-    resumed = BestWeights(network, str(path), "dice")
-    resumed.load_state_dict(best.state_dict())
-    resumed(engine)
-    assert read_state_dict(path)["weight"].item() == 2.0
-
-
-def test_newest_checkpoint_is_the_one_of_the_latest_epoch(tmp_path):
-    assert newest_checkpoint(str(tmp_path)) is None
-    for epoch in (2, 10, 9):
-        (tmp_path / f"training_checkpoint_epoch={epoch}.pt").touch()
-    assert newest_checkpoint(str(tmp_path)).name == "training_checkpoint_epoch=10.pt"

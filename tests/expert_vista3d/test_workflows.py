@@ -14,7 +14,8 @@ from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.hooks import BundleExpert
 from vila_m3_common.phantoms import ct_phantom, save_volume
-from vista3d_expert.training import newest_checkpoint
+from vila_m3_common.weights import load_weights
+from vista3d_expert.network import nano_vista3d
 
 TINY = {
     "device": "cpu",
@@ -143,23 +144,13 @@ def test_training_writes_weights_and_goes_on_after_a_kill(bundle_root, dataset_d
     first = open_workflow(bundle_root, ["train.json"], "train", **TINY, **paths)
     first.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), first.trainer.terminate)
     first.run()
-    assert newest_checkpoint(paths["ckpt_dir"]).name == "training_checkpoint_epoch=1.pt"
+    assert (tmp_path / "ckpt" / "training.pt").is_file()
     assert (tmp_path / "nano.safetensors").is_file()
     second = open_workflow(bundle_root, ["train.json"], "train", **TINY, **paths)
     epochs = []
     second.trainer.add_event_handler(Events.EPOCH_STARTED, lambda engine: epochs.append(engine.state.epoch))
     second.run()
     assert epochs == [2]
-    assert newest_checkpoint(paths["ckpt_dir"]).name == "training_checkpoint_epoch=2.pt"
-
-
-def test_complete_training_is_not_repeated(bundle_root, dataset_dir, tmp_path, capsys):
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / "ckpt" / "training_checkpoint_epoch=2.pt").touch()
-    open_workflow(
-        bundle_root, ["train.json"], "train", **TINY, dataset_dir=str(dataset_dir), ckpt_dir=str(tmp_path / "ckpt")
-    ).run()
-    assert "training is complete (2 epochs); to train anew remove" in capsys.readouterr().out
 
 
 def test_evaluation_writes_metrics_per_argument_and_class(bundle_root, dataset_dir, tmp_path):
@@ -180,6 +171,70 @@ def test_evaluation_writes_metrics_per_argument_and_class(bundle_root, dataset_d
     assert metrics["bone lesion"]["classes"]["bone lesion"]["absent_count"] == 1
 
 
+@pytest.mark.parametrize(("epochs", "least_dice"), [(1, 0.0), pytest.param(20, 0.5, marks=pytest.mark.slow)])
+def test_a_new_class_is_fine_tuned_evaluated_and_asked_for(bundle_root, dataset_dir, tmp_path, epochs, least_dice):
+    """The liver of the phantom plays a class that VISTA3D does not have; 40 crops are enough for a start."""
+    nano = ConfigParser.load_config_file(bundle_root / "configs/train.json")["network_def"]
+    tuned = str(tmp_path / "tuned.safetensors")
+    overrides = {
+        **TINY,
+        "network_def": nano,
+        "dataset_dir": str(dataset_dir),
+        "roi_size": [40, 40, 40],
+        "label_mappings": {"default": [[1, 200], [3, 3]]},
+        "new_classes": {"200": "strange organ"},
+    }
+    open_workflow(
+        bundle_root,
+        ["train.json", "finetune.json"],
+        "train",
+        **{**overrides, "epochs": epochs, "val_interval": epochs, "learning_rate": 0.004},
+        init_checkpoint=str(bundle_root / "models/model.safetensors"),
+        checkpoint_out=tuned,
+        ckpt_dir=str(tmp_path / "ckpt"),
+    ).run()
+    evaluation = {"checkpoint": tuned, "output_dir": str(tmp_path / "eval"), "arguments": ["strange organ", "spleen"]}
+    open_workflow(bundle_root, ["train.json", "evaluate.json"], "train", **overrides, **evaluation).run()
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["strange organ"]["classes"]["strange organ"]["dice"] >= least_dice
+    assert set(metrics["spleen"]["classes"]) == {"spleen"}
+    prompt = {"checkpoint": tuned, "label_prompt": "strange organ", "new_classes": {"200": "strange organ"}}
+    expert = BundleExpert(bundle_root, {"device": "cpu", "spacing": 8.0, "roi_size": [40, 40, 40], **prompt})
+    result = expert.run(ExpertRequest((str(dataset_dir / "case/image.nii.gz"),), output_dir=str(tmp_path)))
+    expert.close()
+    assert least_dice == 0 or [row["name"] for row in result.measurements] == ["strange organ"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(bundle_root, dataset_dir, tmp_path):
+    """By the command of several GPUs, here with two processes of the CPU; only the first one writes."""
+    datalist = json.loads((dataset_dir / "datalist.json").read_text())
+    datalist["validation"] *= 2  # every process needs a case
+    (dataset_dir / "datalist.json").write_text(json.dumps(datalist))
+    overrides = {
+        "dataset_dir": dataset_dir,
+        "ckpt_dir": tmp_path / "ckpt",
+        "checkpoint_out": tmp_path / "nano.safetensors",
+        "backend": "gloo",
+        "device": "$torch.device('cpu')",
+        "amp": False,
+        "spacing": 8.0,
+        "roi_size": "[24, 24, 24]",
+        "epochs": 2,
+        "val_interval": 1,
+    }
+    arguments = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
+    configs = [str(bundle_root / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    bundle = ["-m", "monai.bundle", "run", "--config_file", str(configs), *arguments]
+    done = subprocess.run([*command, *bundle], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("best weights are in") == 1
+    load_weights(nano_vista3d(), tmp_path / "nano.safetensors")
+    state = torch.load(tmp_path / "ckpt/training.pt", weights_only=True)
+    assert state["trainer"]["iteration"] == 2  # the two training cases are shared, one for each process
+
+
 def run_command(bundle_root, folder, *arguments):
     command = [sys.executable, "-m", "monai.bundle", "run"]
     config = ["--config_file", str(bundle_root / "configs" / "inference.json"), "--device", "cpu"]
@@ -198,6 +253,24 @@ def test_command_runs_from_another_folder(bundle_root, ct_file, tmp_path):
         "vista3d_labels.nii.gz",
         "vista3d_overlay.png",
     ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written"),
+    [
+        ({"argument": "hepatoma"}, "The results are <image>"),
+        (
+            {"points": "[[12, 17, 20], [2, 2, 2]]", "point_labels": "[1, 0]"},
+            "note: Points: the point branch of the nano",
+        ),
+    ],
+)
+def test_the_command_takes_other_words_and_points(bundle_root, small_case, tmp_path, capsys, prompt, written):
+    paths = {"image": str(small_case / "image.nii.gz"), "output_dir": str(tmp_path / "out")}
+    cheap = {"device": "cpu", "spacing": 8.0, "roi_size": [40, 40, 40]}
+    open_workflow(bundle_root, ["inference.json"], "infer", **paths, **cheap, **prompt).run()
+    assert written in capsys.readouterr().out
+    assert (tmp_path / "out" / "result.json").is_file()
 
 
 def test_command_ends_with_one_line_for_an_unknown_class(bundle_root, ct_file, tmp_path):
