@@ -20,6 +20,7 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
 from .dicom_series import check_series
 from .errors import UserError
+from .pictures import check_one_frame, is_deep, scale_to_bytes, to_rgb
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 RADIOGRAPH_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -199,10 +200,7 @@ def load_picture(path: str | Path) -> np.ndarray:
     path = Path(path)
     check_file(path)
     with _open_picture(path) as image:
-        if image.mode.startswith("I") or image.mode == "F":
-            grey = _to_byte_range(np.asarray(image, dtype=np.float32)).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
+        return to_rgb(image, path.name)
 
 
 def _open_picture(path: Path) -> Image.Image:
@@ -213,13 +211,14 @@ def _open_picture(path: Path) -> Image.Image:
         raise UserError(
             f"{path.name} cannot be read as a picture; allowed: {', '.join(RADIOGRAPH_SUFFIXES)}"
         ) from error
+    check_one_frame(image, path.name)
     return image
 
 
 def _read_picture(path: Path) -> np.ndarray:
     with _open_picture(path) as image:
-        if image.mode.startswith("I") or image.mode == "F":
-            return _to_byte_range(np.asarray(image, dtype=np.float32))
+        if is_deep(image):
+            return scale_to_bytes(np.asarray(image, dtype=np.float32))
         array = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"), dtype=np.float32)
     return array if array.ndim == 2 else array[..., 0]
 
@@ -236,14 +235,5 @@ def _read_dicom_frame(path: Path) -> np.ndarray:
         raise UserError(f"{path.name} holds {pixels.shape[0]} frames; a radiograph has one")
     # The window's numbers are those of the modality scale (DICOM PS3.3 C.11.2), so the scale comes first.
     values = np.asarray(apply_voi_lut(apply_modality_lut(pixels, dataset), dataset), dtype=np.float32)
-    array = _to_byte_range(values, pixels != dataset.get("PixelPaddingValue"))
+    array = scale_to_bytes(values, pixels != dataset.get("PixelPaddingValue"))
     return 255.0 - array if dataset.get("PhotometricInterpretation") == "MONOCHROME1" else array
-
-
-def _to_byte_range(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Scale to 0..255 by the range of the ``counted`` pixels; the others end at its nearer bound."""
-    inside = array if counted is None or not counted.any() else array[counted]
-    low, high = float(inside.min()), float(inside.max())
-    if high == low:
-        return np.zeros_like(array)
-    return np.clip((array - low) * (255.0 / (high - low)), 0, 255)

@@ -12,10 +12,9 @@ from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vila_m3_common.errors import UserError
+from vila_m3_common.pictures import Picture, to_rgb
 
 from .configuration import ASPECT_RATIOS, VilaM3Config
-
-Picture = np.ndarray | Image.Image
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -96,34 +95,6 @@ class VilaM3ImageProcessor(BaseImageProcessor):
         scaled = (np.asarray(image) * (1 / 255)).astype(np.float32)
         mean, std = np.array(self.image_mean, np.float32), np.array(self.image_std, np.float32)
         return ((scaled - mean) / std).transpose(2, 0, 1)
-
-
-def to_rgb(picture: Picture) -> np.ndarray:
-    """Bring a picture to ``(H, W, 3)`` uint8.
-
-    Transparency is dropped, palettes and CMYK are converted, and grey of more than 8 bits is scaled from its own
-    range, because Pillow would cut it at 255.
-
-    Raises:
-        UserError: for a picture with several frames, without pixels, or an array of another shape or type.
-    """
-    if isinstance(picture, np.ndarray):
-        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
-            raise UserError(
-                f"a picture is an array of shape {picture.shape} and type {picture.dtype}; give (H, W, 3) uint8"
-            )
-        return np.ascontiguousarray(picture)
-    frame_count = getattr(picture, "n_frames", 1)
-    if frame_count != 1:
-        raise UserError(f"a picture has {frame_count} frames; give one frame as a picture of its own")
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return np.repeat(_scale_to_bytes(np.asarray(picture, dtype=np.float64))[..., None], 3, axis=2)
-    return np.array(picture.convert("RGB"))
-
-
-def _scale_to_bytes(grey: np.ndarray) -> np.ndarray:
-    low, high = float(grey.min()), float(grey.max())
-    return ((grey - low) * (255.0 / (high - low or 1.0))).astype(np.uint8)
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -4,26 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from vila_m3.image_processor import VilaM3ImageProcessor, resize, to_rgb
 from vila_m3_common.errors import UserError
+from vila_m3_common.pictures import to_rgb
+from vila_m3_common.volumes import load_picture, load_radiograph
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8)
-
-
-@pytest.mark.parametrize("ratio", ["resize", "pad", "none"])
-@pytest.mark.parametrize("crops", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (17, 4)])
-def test_any_size_becomes_a_square(ratio: str, crops: bool, shape: tuple[int, int]) -> None:
-    processor = VilaM3ImageProcessor(24, image_aspect_ratio=ratio, do_center_crop=crops)
-    values = processor.to_pixel_values(np.full((*shape, 3), 255, np.uint8))
-    assert values.shape == (3, 24, 24)
-    assert values.dtype == np.float32
-    assert np.isfinite(values).all()
-    # Padding is of the mean colour, grey; in a padded line of one pixel nothing else is left.
-    assert values.max() == pytest.approx(-1 / 255 if ratio == "pad" and 5000 in shape else 1.0)
 
 
 def modes() -> dict[str, Image.Image]:
@@ -72,6 +59,10 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(UserError, match="a picture has 3 frames; give one frame as a picture of its own"):
         to_rgb(Image.open(tmp_path / "moving.gif"))
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
+    for load in (load_picture, load_radiograph):
+        with pytest.raises(UserError, match="moving.png has 3 frames; give one frame"):
+            load(tmp_path / "moving.png")
 
 
 @pytest.mark.parametrize(
@@ -80,18 +71,3 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
 def test_an_array_of_another_kind_is_refused(array: np.ndarray) -> None:
     with pytest.raises(UserError, match=r"a picture is an array of shape .* and type .*; give \(H, W, 3\) uint8"):
         to_rgb(array)
-
-
-def test_resizing_goes_first_by_width() -> None:
-    """Pillow 13 may go by height first; the result then differs."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 40, 3), dtype=np.uint8))
-    wide = noise.resize((64, 300), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(np.asarray(resize(noise, 64, 64)), np.asarray(wide))
-
-
-def test_pictures_make_a_batch() -> None:
-    processor = VilaM3ImageProcessor(8)
-    batch = processor([np.zeros((4, 4, 3), np.uint8), Image.new("RGB", (3, 3))])["pixel_values"]
-    assert batch.shape == (2, 3, 8, 8)
-    assert batch.dtype == torch.float32
-    assert processor([])["pixel_values"].shape == (0, 3, 8, 8)
