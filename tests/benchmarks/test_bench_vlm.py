@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from vila_m3.answer import Answerer
-from vila_m3.checkpoint import load_checkpoint, load_processor, save_released
+from vila_m3.checkpoint import load_checkpoint, load_processor
 from vila_m3.configuration import VilaM3Config
+from vila_m3.export import save_released
 from vila_m3.model import VilaM3ForConditionalGeneration
 from vila_m3.processor import VilaM3Processor, build_processor
 from vila_m3_common import prompts

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from vila_m3.checkpoint import PARTS, released_name
+from vila_m3.checkpoint import PARTS
+from vila_m3.export import released_name
 from vila_m3.model import VilaM3ForConditionalGeneration, build_model
 
 SIZES = ("3b", "8b", "13b", "40b")

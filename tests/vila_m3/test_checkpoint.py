@@ -15,15 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vila_m3.checkpoint import (
-    PARTS,
-    convert,
-    load_checkpoint,
-    load_processor,
-    read_config,
-    resolve_checkpoint,
-    save_released,
-)
+from vila_m3.checkpoint import PARTS, load_checkpoint, load_processor, read_config, resolve_checkpoint
+from vila_m3.export import convert, save_released
 from vila_m3.model import VilaM3ForConditionalGeneration
 from vila_m3.processor import VilaM3Processor
 from vila_m3.tensor_files import weight_files

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from vila_m3.checkpoint import save_one_folder
 from vila_m3.configuration import IMAGE_TOKEN_ID, VilaM3Config
+from vila_m3.export import save_one_folder
 from vila_m3.model import VilaM3ForConditionalGeneration, build_model
 from vila_m3.processor import VilaM3Processor
 from vila_m3_common.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vila_m3.answer import Answerer
-from vila_m3.checkpoint import load_checkpoint, load_processor, save_released
+from vila_m3.checkpoint import load_checkpoint, load_processor
+from vila_m3.export import save_released
 from vila_m3.model import VilaM3ForConditionalGeneration, build_model
 from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vila_m3.answer import Answerer
-from vila_m3.checkpoint import load_checkpoint, save_released
+from vila_m3.checkpoint import load_checkpoint
 from vila_m3.configuration import IGNORED_LABEL, IMAGE_TOKEN_ID
+from vila_m3.export import save_released
 from vila_m3.model import VilaM3ForConditionalGeneration, build_model
 from vila_m3.packing import collapse_image_places, expand_image_places, pack, splice
 from vila_m3_common.conversation import IMAGE_TOKEN, Conversation

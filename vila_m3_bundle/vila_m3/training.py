@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from vila_m3_common.chat_template import get_template, render
 from vila_m3_common.errors import UserError
 
-from .checkpoint import load_checkpoint, load_processor, save_released
+from .checkpoint import load_checkpoint, load_processor
 from .configuration import IGNORED_LABEL
+from .export import save_released
 from .model import VilaM3ForConditionalGeneration, build_model
 from .nano_tokenizer import relate_phrases, train_tokenizer, wrap_tokenizer
 from .packing import pad_rows
