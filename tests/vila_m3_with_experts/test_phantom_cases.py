@@ -9,6 +9,9 @@ import pytest
 
 from vila_m3_composite.evaluation import run_evaluation
 
+# Ninety conversations with the experts take minutes, more of them on a busy machine.
+pytestmark = pytest.mark.timeout(1500)
+
 
 @pytest.fixture(scope="module")
 def metrics(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
