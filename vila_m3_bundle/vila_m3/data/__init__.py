@@ -1,0 +1,1 @@
+"""Instruction data: records, the sources they come from, their validation and their mixture."""

@@ -1,0 +1,162 @@
+"""One conversation on disk: a JSONL row in LLaVA's form, and how it becomes a Conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from vila_m3_common.conversation import IMAGE_TOKEN, Conversation, Role
+from vila_m3_common.errors import UserError
+from vila_m3_common.volumes import load_picture
+
+# LLaVA's names of the speakers; "expert" is this project's, and is written as "human" for other readers.
+SPEAKERS: dict[str, Role] = {"human": "user", "gpt": "assistant", "expert": "expert"}
+_NAMES = {role: speaker for speaker, role in SPEAKERS.items()}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn as text, with ``<image>`` placeholders.
+
+    Args:
+        role: who speaks.
+        text: what is said.
+        in_context: False for feedback that is recorded but not read by the model (see ``Turn``).
+    """
+
+    role: Role
+    text: str
+    in_context: bool = True
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation of a data set.
+
+    Args:
+        id: unique within its file.
+        messages: the turns in order.
+        images: paths below the data set's image folder, with ``/``, in the order of their placeholders.
+        metadata: what splits, reports and graders need: ``patient``, ``study``, ``question_type``, ...
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def placeholder_count(self) -> int:
+        """Number of ``<image>`` placeholders in all turns."""
+        return sum(message.text.count(IMAGE_TOKEN) for message in self.messages)
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the row as it stands in a JSONL file; one image is ``image``, several are ``images``."""
+        row: dict[str, Any] = {"id": self.id}
+        if len(self.images) == 1:
+            row["image"] = self.images[0]
+        elif self.images:
+            row["images"] = list(self.images)
+        row["conversations"] = [_message_row(message) for message in self.messages]
+        if self.metadata:
+            row["metadata"] = dict(self.metadata)
+        return row
+
+    @classmethod
+    def from_row(cls, row: Any) -> Record:
+        """Read a row, ours or any in LLaVA's form.
+
+        Raises:
+            UserError: if a field is missing or of another type; the message names it.
+        """
+        if not isinstance(row, dict):
+            raise UserError(f"a row is a JSON object with id and conversations, not {type(row).__name__}")
+        turns = row.get("conversations")
+        if not isinstance(turns, list) or not turns:
+            raise UserError("the row has no conversations, a list of {from, value}")
+        images = row.get("images", row.get("image")) or []
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise UserError(f"images {images!r} is neither a path nor a list of paths")
+        metadata = row.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise UserError(f"metadata is a JSON object, not {type(metadata).__name__}")
+        return cls(str(row.get("id", "")), tuple(map(_read_message, turns)), tuple(images), metadata)
+
+
+def _message_row(message: Message) -> dict[str, Any]:
+    row: dict[str, Any] = {"from": _NAMES[message.role], "value": message.text}
+    if not message.in_context:
+        row["in_context"] = False
+    return row
+
+
+def _read_message(turn: Any) -> Message:
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if speaker not in SPEAKERS or not isinstance(turn.get("value"), str):
+        raise UserError(f"turn {turn!r:.200} needs a speaker in 'from' ({', '.join(SPEAKERS)}) and a text in 'value'")
+    return Message(SPEAKERS[speaker], turn["value"], bool(turn.get("in_context", True)))
+
+
+def parse_row(line: str) -> Record:
+    """Read one line of a JSONL file.
+
+    Raises:
+        UserError: if it is not JSON or not a record.
+    """
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"the line is not valid JSON: {error}") from error
+    return Record.from_row(row)
+
+
+def format_row(record: Record) -> str:
+    """Return the line of a JSONL file that :func:`parse_row` reads, without its line break."""
+    return json.dumps(record.to_row(), ensure_ascii=False)
+
+
+def resolve_image(name: str, root: str | Path) -> Path:
+    """Return the file of an image name, which must lie below ``root``.
+
+    Raises:
+        UserError: if the name is absolute, has a back-slash or a drive, or leaves the folder.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+        raise UserError(f"image name {name!r} leaves the image folder; give a path below it, such as p10/s1/a.png")
+    resolved = (Path(root) / path).resolve()
+    if not resolved.is_relative_to(Path(root).resolve()):
+        raise UserError(f"image name {name!r} leaves the image folder through a link; copy the file into it")
+    return resolved
+
+
+def to_conversation(
+    record: Record, root: str | Path, load: Callable[[Path], np.ndarray] = load_picture
+) -> Conversation:
+    """Return the record as the conversation that training, serving and evaluation render.
+
+    Args:
+        record: its placeholders and images must agree in number.
+        root: folder of its images.
+        load: reads a file as ``(H, W, 3)`` uint8.
+
+    Raises:
+        UserError: for images that cannot be read, or too few or too many of them.
+    """
+    if record.placeholder_count != len(record.images):
+        raise UserError(
+            f"record {record.id} has {record.placeholder_count} {IMAGE_TOKEN} placeholders for "
+            f"{len(record.images)} images; they must be equal"
+        )
+    images = iter([load(resolve_image(name, root)) for name in record.images])
+    conversation = Conversation()
+    for message in record.messages:
+        shown: Sequence[np.ndarray] = [next(images) for _ in range(message.text.count(IMAGE_TOKEN))]
+        conversation.add(message.role, message.text, shown, message.in_context)
+    return conversation
