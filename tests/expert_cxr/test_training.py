@@ -10,8 +10,9 @@ from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 
 from cxr_expert.network import CxrEnsemble, CxrMember
-from cxr_expert.training import KnownLabelLoss, find_checkpoint, run_training
-from vila_m3_common.weights import load_weights
+from cxr_expert.training import KnownLabelLoss, run_training
+from vila_m3_common.training import BestWeights
+from vila_m3_common.weights import load_weights, save_weights
 
 NAN = float("nan")
 
@@ -29,14 +30,6 @@ def test_unknown_labels_have_no_gradient():
 
 def test_loss_without_known_labels_is_zero():
     assert float(KnownLabelLoss()(torch.ones(1, 2), torch.full((1, 2), NAN))) == 0
-
-
-def test_newest_checkpoint_is_found_by_its_number(tmp_path):
-    for name in ("latest_checkpoint_epoch=9.pt", "latest_checkpoint_epoch=10.pt", "best_network_key_metric=0.9.pt"):
-        (tmp_path / name).touch()
-    assert find_checkpoint(tmp_path, "latest").name == "latest_checkpoint_epoch=10.pt"
-    assert find_checkpoint(tmp_path, "best").name == "best_network_key_metric=0.9.pt"
-    assert find_checkpoint(tmp_path / "none", "best") is None
 
 
 def count_trained_epochs(bundle, folder, max_epochs):
@@ -66,7 +59,7 @@ def count_trained_epochs(bundle, folder, max_epochs):
 def test_training_resumes_and_exports_weights_that_inference_loads(bundle, tmp_path):
     assert count_trained_epochs(bundle, tmp_path, max_epochs=1) == 1
     assert count_trained_epochs(bundle, tmp_path, max_epochs=3) == 2
-    assert find_checkpoint(tmp_path / "checkpoints", "latest").name.endswith("epoch=3.pt")
+    assert (tmp_path / "checkpoints" / "training.pt").is_file()
     inference = ConfigParser()
     inference.read_config(str(bundle / "configs" / "inference.json"))
     network = load_weights(inference.get_parsed_content("network_def"), tmp_path / "model.safetensors")
@@ -78,18 +71,21 @@ def test_training_resumes_and_exports_weights_that_inference_loads(bundle, tmp_p
 def test_the_best_or_the_last_weights_are_exported(tmp_path, exports, weight):
     member = CxrMember(torch.nn.Linear(1, 18), 8)
     torch.nn.init.constant_(member.network.weight, 1.0)
-    torch.save(member.state_dict(), tmp_path / "best_network_key_metric=0.9.pt")
+    best = BestWeights(member, tmp_path / "best.safetensors")
+    best.best = 0.9
+    save_weights(member, best.path)
     trainer = SimpleNamespace(run=lambda: torch.nn.init.constant_(member.network.weight, 2.0))
-    run_training(trainer, member, CxrEnsemble({"nano": member}), tmp_path, tmp_path / "out.safetensors", exports)
+    run_training(trainer, member, CxrEnsemble({"nano": member}), best, tmp_path / "out.safetensors", exports)
     assert load_file(tmp_path / "out.safetensors")["members.nano.network.weight"].unique().tolist() == [weight]
 
 
 def test_mistakes_of_the_export_end_the_command(tmp_path):
     member = CxrMember(torch.nn.Linear(1, 18), 8)
-    arguments = (SimpleNamespace(run=lambda: None), member, CxrEnsemble({"nano": member}), tmp_path, tmp_path / "x")
+    best = BestWeights(member, tmp_path / "best.safetensors")
+    arguments = (SimpleNamespace(run=lambda: None), member, CxrEnsemble({"nano": member}), best, tmp_path / "x")
     with pytest.raises(SystemExit, match="unknown exports 'first'; valid: best, last"):
         run_training(*arguments, "first")
-    with pytest.raises(SystemExit, match="the validation had no finding with both a yes and a no"):
+    with pytest.raises(SystemExit, match="no validation had a finding with both a yes and a no"):
         run_training(*arguments)
 
 
@@ -114,7 +110,7 @@ def test_two_processes_train_together_and_the_first_writes(bundle, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("best weights written to model.safetensors") == 1
-    assert find_checkpoint(tmp_path / "out" / "checkpoints", "latest").name.endswith("epoch=2.pt")
+    assert (tmp_path / "out" / "checkpoints" / "training.pt").is_file()
     state = load_file(tmp_path / "model.safetensors")
     assert not [name for name in state if ".module." in name]
     assert state["members.nano.trained_heads"].sum() >= 8
