@@ -1,4 +1,4 @@
-"""Sentences of reports rewritten from a pool by any OpenAI-compatible endpoint, with a guard against changed findings."""
+"""Sentences of reports rewritten by any OpenAI-compatible endpoint, with a guard against changed findings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ FINDINGS = {
     "consolidation": r"consolidations?|consolidated",
     "atelectasis": r"atelecta(?:sis|ses|tic)",
     "pneumonia": r"pneumonias?",
-    "cardiomegaly": r"cardiomegaly|enlarged (?:heart|cardiac silhouette)|(?:heart|cardiac silhouette) is (?:\w+ )?enlarged",
+    "cardiomegaly": r"cardiomegaly|enlarged (?:heart|cardiac silhouette)"
+    r"|(?:heart|cardiac silhouette) is (?:\w+ )?enlarged",
     "opacity": r"opacit(?:y|ies)|opacifications?",
     "nodule": r"nodules?|nodular",
     "mass": r"mass(?:es)?",
@@ -270,7 +271,8 @@ def standardise(
     partial = target.with_name(f".{target.name}.partial")
     count = 0
     with partial.open("w", encoding="utf-8") as file:
-        for count, line in enumerate(tqdm(_read_lines(source), desc="reports"), start=1):
+        for line in tqdm(_read_lines(source), desc="reports"):
+            count += 1
             file.write(format_row(_rewrite_record(parse_row(line), standardiser)) + "\n")
     partial.replace(target)
     summary = {"reports": count, "asked": standardiser.asked_count, "refused": standardiser.rejected_count}
