@@ -1,0 +1,146 @@
+"""Bad input is refused with its row number, nothing stops or vanishes, and a killed run gives the same bytes."""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_m3.data.prepare import RowChecks, prepare
+from vila_m3.data.record import parse_row
+from vila_m3.data.source import Item
+from vila_m3.data.sources.mimic_vqa import read_medical_diff_vqa
+from vila_m3.data.sources.slake import read_slake
+from vila_m3.data.sources.table import read_table
+from vila_m3.data.sources.usmle import read_usmle
+from vila_m3_common.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"png")
+    return tmp_path / "in"
+
+
+def run_table(folder: Path, data: bytes, **checks: Any) -> tuple[list[str], list[tuple[int, str]]]:
+    (folder / "questions.csv").write_bytes(data)
+    output = folder.parent / "out"
+    summary = prepare(read_table(folder, "test"), "t", "test", output, RowChecks(folder, **checks))
+    rows = [parse_row(line) for line in (output / "t_test.jsonl").read_text().splitlines()]
+    assert summary["written"] == len(rows)
+    return [row.id for row in rows], [(row["row"], row["reason"]) for row in summary["rejected_rows"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b"../../etc/passwd,q,a", "leaves the image folder"),
+        (b"/etc/passwd,q,a", "leaves the image folder"),
+        (b"gone.png,q,a", "image gone.png is missing"),
+        (b"a.png,caf\xe9?,a", "not UTF-8"),
+        (b"a.png,q,5 &lt; 6", "HTML entity &lt;"),
+        (b"a.png,q", "has 2 fields, the header has 3"),
+        (b"a.png,q,", "a text is empty"),
+        (b"a.png,<image> q,a", "holds <image>"),
+        (b"a.png,q," + b"x" * 10_000_000, "field larger than field limit"),
+        (b'a.png,q,"x', "not CSV"),
+    ],
+)
+def test_bad_row_is_refused_with_its_number(folder: Path, row: bytes, reason: str) -> None:
+    is_last = b'"' in row
+    lines = [b"image,question,answer", b"a.png,q,a", row] + ([] if is_last else [b"a.png,q,b"])
+    written, rejected = run_table(folder, b"\n".join(lines))
+    assert written == (["1"] if is_last else ["1", "3"])
+    assert [number for number, _ in rejected] == [2]
+    assert reason in rejected[0][1]
+
+
+def test_repeated_id_is_refused(folder: Path) -> None:
+    written, rejected = run_table(folder, b"id,image,question,answer\nx,a.png,q,a\nx,a.png,q,b\n")
+    assert (written, rejected) == (["x"], [(2, "id x was already used")])
+
+
+def test_huge_answer_in_json_is_refused(tmp_path: Path) -> None:
+    row = {"question": "q", "options": {"A": "x" * 10_000_000, "B": "b"}, "answer_idx": "A"}
+    good = {"question": "q", "options": {"A": "a", "B": "b"}, "answer_idx": "B"}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n{{\n{json.dumps(good)}\n")
+    summary = prepare(read_usmle(tmp_path, "train"), "usmle", "train", tmp_path / "out", RowChecks(tmp_path))
+    reasons = [(row["row"], row["reason"][:24]) for row in summary["rejected_rows"]]
+    assert reasons == [(1, "a text has 10000010 char"), (2, "is not valid JSON (Expec")]
+    record = parse_row((tmp_path / "out/usmle_train.jsonl").read_text())
+    assert [message.text for message in record.messages] == ["q\nA. a\nB. b", "B. b"]
+
+
+def test_entities_are_decoded_when_asked(folder: Path) -> None:
+    assert run_table(folder, b"image,question,answer\na.png,q,5 &lt; 6\n", entities="decode") == (["1"], [])
+    assert "5 < 6" in (folder.parent / "out/t_test.jsonl").read_text()
+
+
+def test_wrong_columns_name_the_near_match(folder: Path) -> None:
+    with pytest.raises(SystemExit, match="lacks the columns question; did you mean 'questions'"):
+        run_table(folder, b"image,questions,answer\n")
+
+
+def test_zip_instead_of_folder_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "slake.zip", "w") as archive:
+        archive.writestr("test.json", "[]")
+    with pytest.raises(UserError, match=r"is a zip archive; unpack the release"):
+        list(read_slake(tmp_path / "slake.zip", "test"))
+
+
+def test_cut_off_json_and_unknown_split_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text('[{"question": ')
+    with pytest.raises(UserError, match="it may be cut off"):
+        list(read_slake(tmp_path, "test"))
+    with pytest.raises(UserError, match="did you mean 'validate'"):
+        list(read_slake(tmp_path, "validat"))
+
+
+def test_difference_questions_show_reference_then_current(tmp_path: Path) -> None:
+    (tmp_path / "mimic_all.csv").write_text("subject_id,study_id,dicom_id\n10000001,1,a\n10000001,2,b\n")
+    (tmp_path / "mimic_pair_questions.csv").write_text(
+        "study_id,subject_id,ref_id,question_type,question,answer,split\n"
+        "2,10000001,1,difference,what changed?,nothing,train\n2,10000001,1,view,which view?,ap view,train\n"
+        "9,10000001,1,view,which view?,ap view,train\n"
+    )
+    checks = RowChecks(tmp_path, checks_images=False)
+    summary = prepare(read_medical_diff_vqa(tmp_path, "train", True), "m", "train", tmp_path / "out", checks)
+    first, second = map(parse_row, (tmp_path / "out/m_train.jsonl").read_text().splitlines())
+    assert first.images == ("files/p10/p10000001/s1/a.jpg", "files/p10/p10000001/s2/b.jpg")
+    assert second.metadata["answer_type"] == "open"
+    assert [row["row"] for row in summary["rejected_rows"]] == [3]
+    assert len(list(read_medical_diff_vqa(tmp_path, "train"))) == 2
+
+
+@pytest.mark.parametrize("rows_per_shard", [None, 70])
+def test_run_killed_anywhere_gives_the_same_bytes(folder: Path, rows_per_shard: int | None) -> None:
+    lines = [f"{'gone' if k % 7 == 0 else 'a'}.png,question {k},answer" for k in range(400)]
+    (folder / "questions.csv").write_text("\n".join(["image,question,answer", *lines]))
+
+    def convert(output: Path, killed_at: int = 10**9) -> None:
+        def items() -> Iterator[Item]:
+            for number, item in enumerate(read_table(folder, "test")):
+                if number == killed_at:
+                    os._exit(9)  # as kill -9: nothing is flushed or closed
+                yield item
+
+        prepare(items(), "t", "test", output, RowChecks(folder), rows_per_shard=rows_per_shard, save_every=50)
+
+    def read_all(output: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+
+    whole, resumed = folder.parent / "whole", folder.parent / "resumed"
+    convert(whole)
+    for killed_at in (30, 130, 333):
+        child = os.fork()
+        if child == 0:
+            convert(resumed, killed_at)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (resumed / ".t_test.progress.json").is_file()
+    convert(resumed)
+    assert read_all(resumed) == read_all(whole)
+    assert len(read_all(whole)) == (3 if rows_per_shard is None else 7)

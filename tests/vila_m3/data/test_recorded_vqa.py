@@ -1,0 +1,99 @@
+"""VQA-RAD and SLAKE equal the recorded output of the original converters (golden/data_eval/1_data_preparation)."""
+
+import gzip
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_m3.data.prepare import RowChecks, prepare
+from vila_m3.data.record import parse_row
+from vila_m3.data.source import Item, Located
+from vila_m3.data.sources.slake import read_slake
+from vila_m3.data.sources.vqa_rad import ORGAN_QUESTIONS, read_vqa_rad
+
+
+@pytest.fixture(scope="session")
+def recorded(shared: Path) -> Path:
+    return shared / "golden/data_eval/1_data_preparation"
+
+
+@pytest.fixture(scope="session")
+def facts(recorded: Path) -> dict[str, Any]:
+    return json.loads((recorded / "facts.json").read_text())
+
+
+def as_recorded(items: list[Item]) -> list[dict[str, Any]]:
+    rows = [item.record.to_row() for item in items if isinstance(item, Located)]
+    assert len(rows) == len(items)
+    return [{"id": row["id"], "image": row["image"], "conversations": row["conversations"]} for row in rows]
+
+
+def file_hash(rows: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(rows, indent=4).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "fact"),
+    [
+        ("train_validate", "slake_train_val_instruct_seed0", "train_val_seed0"),
+        ("test", "slake_test_instruct_seed0", "test_seed0"),
+    ],
+)
+def test_slake_equals_the_recorded_conversion(
+    shared: Path, recorded: Path, facts: dict[str, Any], split: str, name: str, fact: str
+) -> None:
+    rows = as_recorded(list(read_slake(shared / "data/vqa/slake", split)))
+    assert rows == json.loads(gzip.decompress((recorded / f"slake/{name}.json.gz").read_bytes()))
+    assert len(rows) == facts["slake"][fact]["n"]
+    assert file_hash(rows) == facts["slake"][fact]["sha256_of_json_file"]
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "fact"),
+    [
+        ("train", "radvqa_train_instruct_fixed_seed0", "train_scratch_fixed_seed0"),
+        ("test", "radvqa_test_instruct", "test"),
+    ],
+)
+def test_vqa_rad_equals_the_recorded_conversion(
+    shared: Path, recorded: Path, facts: dict[str, Any], split: str, name: str, fact: str
+) -> None:
+    rows = as_recorded(list(read_vqa_rad(shared / "data/vqa/vqa_rad", split)))
+    assert rows == json.loads(gzip.decompress((recorded / f"radvqa/{name}.json.gz").read_bytes()))
+    assert len(rows) == facts["radvqa"][fact]["n"]
+    assert file_hash(rows) == facts["radvqa"][fact]["sha256_of_json_file"]
+    assert list(ORGAN_QUESTIONS) == facts["radvqa"]["organ_questions"]
+
+
+def test_all_vqa_rad_rows_are_given_once(shared: Path) -> None:
+    folder = shared / "data/vqa/vqa_rad"
+    counts = {
+        split: len(list(read_vqa_rad(folder, split, questions="all", organ_questions=False)))
+        for split in ("train", "test")
+    }
+    assert counts == {"train": 1797, "test": 451}
+
+
+@pytest.mark.parametrize(("languages", "counts"), [(["en"], (4919, 1053, 1061)), (["zh"], (4916, 1046, 1033))])
+def test_slake_languages_have_the_recorded_counts(
+    shared: Path, languages: list[str], counts: tuple[int, int, int]
+) -> None:
+    folder = shared / "data/vqa/slake"
+    found = tuple(len(list(read_slake(folder, split, languages))) for split in ("train", "validate", "test"))
+    assert found == counts
+
+
+def test_real_files_pass_every_check_and_keep_what_graders_need(shared: Path, tmp_path: Path) -> None:
+    slake, rad = shared / "data/vqa/slake", shared / "data/vqa/vqa_rad"
+    first = prepare(read_slake(slake, "test"), "slake", "test", tmp_path, RowChecks(slake / "imgs"))
+    second = prepare(read_vqa_rad(rad, "test"), "vqa_rad", "test", tmp_path, RowChecks(rad / "images"))
+    assert (first["written"], first["rejected"]) == (1061, 0)
+    assert (second["written"], second["rejected"]) == (491, 0)
+    records = [parse_row(line) for line in (tmp_path / "slake_test.jsonl").read_text().splitlines()]
+    assert sum(record.metadata["answer_type"] == "CLOSED" for record in records) == 416
+    assert {"qid", "language", "modality", "content_type", "question"} <= records[0].metadata.keys()
+    digest = hashlib.sha256((tmp_path / "slake_test.jsonl").read_bytes()).hexdigest()
+    assert first["files"] == [{"file": "slake_test.jsonl", "rows": 1061, "sha256": digest}]

@@ -1,0 +1,344 @@
+"""Writes the rows of a source as JSONL: bounded memory, checked row by row, continued after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vila_m3_common.errors import UserError, exits_with_message, near_match_hint
+
+from .record import Message, Record, format_row, resolve_image
+from .source import Item, Located, Rejected
+
+# An HTML entity where a character should be: the text came out of a web page and was not decoded.
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-fA-F]{1,6}|[A-Za-z]{2,8});")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# A name that certainly stays below its folder; any other goes through the full check.
+_PLAIN_NAME = re.compile(r"[\w-][\w. -]*(?:/[\w-][\w. -]*)*", re.ASCII)
+ENTITY_CHOICES = ("refuse", "decode", "keep")
+# Rejected rows that the summary repeats; all of them are in the file of rejected rows.
+_SHOWN_REJECTED = 1000
+
+
+@dataclass
+class RowChecks:
+    """What a record must fulfil to be written; keeps the ids seen so far.
+
+    Args:
+        image_root: folder of the images.
+        checks_images: whether every image must exist.
+        max_characters: longest text of one message.
+        allows_empty: whether a message may be empty (recorded reports with an empty text).
+        allows_repeated_ids: whether an id may come again (the recorded PathVQA ids are image names).
+        allows_count_faults: whether placeholders and images may differ in number (faults of recorded data).
+        entities: what happens to HTML entities: refuse, decode or keep.
+    """
+
+    image_root: str | Path
+    checks_images: bool = True
+    max_characters: int = 100_000
+    allows_empty: bool = False
+    allows_repeated_ids: bool = False
+    allows_count_faults: bool = False
+    entities: str = "refuse"
+    _seen: set[bytes] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.entities not in ENTITY_CHOICES:
+            hint = near_match_hint(self.entities, ENTITY_CHOICES)
+            raise UserError(
+                f"unknown treatment of entities {self.entities!r}; {hint}valid: {', '.join(ENTITY_CHOICES)}"
+            )
+
+    def check(self, record: Record) -> Record | str:
+        """Return the record as it is to be written, or why it is refused."""
+        for message in record.messages:
+            problem = self._find_text_problem(message.text)
+            if problem:
+                return problem
+        if self.entities == "decode":
+            record = _decode_entities(record)
+        return self._find_image_problem(record) or self._find_id_problem(record.id) or record
+
+    def _find_text_problem(self, text: str) -> str:
+        if len(text) > self.max_characters:
+            return f"a text has {len(text)} characters; {self.max_characters} are allowed"
+        if not self.allows_empty and not text.strip():
+            return "a text is empty"
+        if not text.isascii() and _SURROGATE.search(text):
+            return "a text is not UTF-8"
+        if self.entities == "refuse" and "&" in text and (entity := _ENTITY.search(text)):
+            return f"a text holds the HTML entity {entity.group()}; set entities to decode, or to keep"
+        return ""
+
+    def _find_image_problem(self, record: Record) -> str:
+        if not self.allows_count_faults and record.placeholder_count != len(record.images):
+            return f"{record.placeholder_count} <image> placeholders for {len(record.images)} images"
+        for name in record.images:
+            try:
+                if self.checks_images:
+                    if not resolve_image(name, self.image_root).is_file():
+                        return f"image {name} is missing"
+                elif not _PLAIN_NAME.fullmatch(name):
+                    resolve_image(name, self.image_root)
+            except (UserError, OSError) as error:
+                return str(error).encode("utf-8", "replace").decode()
+        return ""
+
+    def _find_id_problem(self, name: str) -> str:
+        if self.allows_repeated_ids:
+            return ""
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+        if digest in self._seen:
+            return f"id {name} was already used"
+        self._seen.add(digest)
+        return ""
+
+
+def _decode_entities(record: Record) -> Record:
+    messages = tuple(
+        Message(message.role, html.unescape(message.text), message.in_context) if "&" in message.text else message
+        for message in record.messages
+    )
+    return Record(record.id, messages, record.images, record.metadata)
+
+
+@dataclass
+class _State:
+    """How far a run came; what stands behind these offsets in the files is not yet certain."""
+
+    settings: dict[str, Any]
+    taken: int = 0
+    shard: int = 0
+    shard_rows: int = 0
+    bytes_written: int = 0
+    rejected_bytes: int = 0
+
+
+class _Writer:
+    """The growing output of one run: ``.partial`` shards, the rejected rows, and the progress file."""
+
+    def __init__(self, folder: Path, name: str, settings: dict[str, Any], rows_per_shard: int | None) -> None:
+        self.folder, self.name, self.rows_per_shard = folder, name, rows_per_shard
+        self.progress_path = folder / f".{name}.progress.json"
+        self.state = self._read_state(settings)
+        if self.state.taken == 0:
+            self._remove_leftovers()
+        self.rows = _open_at(self._partial(), self.state.bytes_written)
+        self.rejected = _open_at(folder / f".{name}.rejected.partial", self.state.rejected_bytes)
+
+    def _read_state(self, settings: dict[str, Any]) -> _State:
+        try:
+            state = _State(**json.loads(self.progress_path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return _State(settings)
+        if state.settings != settings or not self._reaches(state):
+            return _State(settings)
+        return state
+
+    def _reaches(self, state: _State) -> bool:
+        """Whether the files hold all that the progress file counts."""
+        for shard in range(state.shard):
+            if not (self.folder / self._shard_name(shard)).is_file():
+                return False
+        pairs = [(self._partial(state.shard), state.bytes_written)]
+        pairs.append((self.folder / f".{self.name}.rejected.partial", state.rejected_bytes))
+        return all(size == 0 or (path.is_file() and path.stat().st_size >= size) for path, size in pairs)
+
+    def _remove_leftovers(self) -> None:
+        """Shards of an earlier run with other settings must not stand beside this one's."""
+        pattern = re.compile(rf"{re.escape(self.name)}(-\d{{5}})?\.(jsonl|rejected\.jsonl|summary\.json)")
+        for path in self.folder.iterdir():
+            if pattern.fullmatch(path.name):
+                path.unlink()
+
+    def _shard_name(self, shard: int) -> str:
+        return f"{self.name}.jsonl" if self.rows_per_shard is None else f"{self.name}-{shard:05d}.jsonl"
+
+    def _partial(self, shard: int | None = None) -> Path:
+        return self.folder / f".{self._shard_name(self.state.shard if shard is None else shard)}.partial"
+
+    def write(self, record: Record) -> None:
+        if self.rows_per_shard is not None and self.state.shard_rows == self.rows_per_shard:
+            self._start_next_shard()
+        self.rows.write(format_row(record).encode() + b"\n")
+        self.state.shard_rows += 1
+
+    def reject(self, rejected: Rejected) -> None:
+        row = {"file": rejected.file, "row": rejected.row, "reason": rejected.reason}
+        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self.rejected.write(line + b"\n")
+
+    def _start_next_shard(self) -> None:
+        # The finished shard gets its name before the progress file counts it: a kill in between is mended by
+        # starting over, because _reaches then finds no partial file of the old shard.
+        _close(self.rows)
+        os.replace(self._partial(), self.folder / self._shard_name(self.state.shard))
+        self.state.shard += 1
+        self.state.shard_rows = self.state.bytes_written = 0
+        self.rows = _open_at(self._partial(), 0)
+
+    def save(self, taken: int) -> None:
+        """Make everything so far certain: the files first, then the progress file in one step."""
+        for file in (self.rows, self.rejected):
+            file.flush()
+            os.fsync(file.fileno())
+        self.state.taken = taken
+        self.state.bytes_written, self.state.rejected_bytes = self.rows.tell(), self.rejected.tell()
+        _write_atomically(self.progress_path, json.dumps(vars(self.state)))
+
+    def finish(self) -> tuple[list[Path], Path]:
+        """Give the files their names; return the shards and the file of rejected rows."""
+        _close(self.rows)
+        _close(self.rejected)
+        os.replace(self._partial(), self.folder / self._shard_name(self.state.shard))
+        rejected = self.folder / f"{self.name}.rejected.jsonl"
+        os.replace(self.folder / f".{self.name}.rejected.partial", rejected)
+        self.progress_path.unlink(missing_ok=True)
+        return [self.folder / self._shard_name(shard) for shard in range(self.state.shard + 1)], rejected
+
+
+def _open_at(path: Path, size: int) -> Any:
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _close(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@exits_with_message
+def prepare(
+    rows: Iterable[Item],
+    dataset: str,
+    split: str,
+    output_dir: str | Path,
+    checks: RowChecks,
+    source: str | Path = "",
+    options: Mapping[str, Any] | None = None,
+    rows_per_shard: int | None = None,
+    save_every: int = 20_000,
+) -> dict[str, Any]:
+    """Write ``<dataset>_<split>.jsonl``, the rejected rows, and ``<dataset>_<split>.summary.json``.
+
+    A killed run goes on where it was when it is started again with the same settings: the source is read again up
+    to that row, which is cheap, and the files are cut to what was certain. The bytes are those of a run in one go.
+
+    Args:
+        rows: the source, in an order that does not change between runs.
+        dataset: first part of the file name.
+        split: second part of the file name.
+        output_dir: folder of the files; made when missing.
+        checks: what a record must fulfil.
+        source: named in the summary.
+        options: of the source; a run with others starts anew.
+        rows_per_shard: when given, the files are ``<dataset>_<split>-00000.jsonl`` and so on.
+        save_every: rows between two savings of the progress.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: for a file name or shard size that cannot be, or when the source as a whole cannot be read.
+    """
+    name = f"{dataset}_{split}"
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(
+            f"dataset and split name the output file; {name!r} has characters other than letters, digits, _"
+        )
+    if rows_per_shard is not None and rows_per_shard < 1:
+        raise UserError(f"rows_per_shard is {rows_per_shard}; give a positive number or null for one file")
+    items = iter(rows)
+    first = next(items, None)  # the source's own errors come before anything is written
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _describe(source, dict(options or {}), checks, rows_per_shard)
+    writer = _Writer(folder, name, settings, rows_per_shard)
+    _write_rows(writer, _chain(first, items), checks, save_every)
+    shards, rejected = writer.finish()
+    summary = _summarise(dataset, split, shards, rejected)
+    _write_atomically(folder / f"{name}.summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    print(f"{name}: {summary['written']} rows written, {summary['rejected']} rejected, in {folder}")
+    return summary
+
+
+def _chain(first: Item | None, items: Iterator[Item]) -> Iterator[Item]:
+    if first is not None:
+        yield first
+        yield from items
+
+
+def _describe(source: str | Path, options: dict[str, Any], checks: RowChecks, shard: int | None) -> dict[str, Any]:
+    """Return what must be equal for a run to be continued, as JSON gives it back."""
+    shown = {key: value for key, value in vars(checks).items() if not key.startswith("_")}
+    return json.loads(
+        json.dumps({"source": source, "options": options, "checks": shown, "rows_per_shard": shard}, default=str)
+    )
+
+
+def _write_rows(writer: _Writer, items: Iterator[Item], checks: RowChecks, save_every: int) -> None:
+    done = writer.state.taken
+    for taken, item in enumerate(tqdm(items, desc=writer.name, unit="row", mininterval=1.0), start=1):
+        checked = checks.check(item.record) if isinstance(item, Located) else item.reason
+        if taken <= done:  # checked again only so that the ids seen are known
+            continue
+        if isinstance(checked, Record):
+            writer.write(checked)
+        else:
+            writer.reject(Rejected(item.row, checked, item.file))
+        if taken % save_every == 0:
+            writer.save(taken)
+
+
+def _summarise(dataset: str, split: str, shards: list[Path], rejected: Path) -> dict[str, Any]:
+    files = []
+    for shard in shards:
+        digest, count = _hash_lines(shard)
+        files.append({"file": shard.name, "rows": count, "sha256": digest})
+    reasons: Counter[str] = Counter()
+    shown: list[Any] = []
+    with rejected.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            reasons[re.sub(r"\d+", "N", row["reason"])[:80]] += 1
+            if len(shown) < _SHOWN_REJECTED:
+                shown.append(row)
+    return {
+        "dataset": dataset,
+        "split": split,
+        "written": sum(file["rows"] for file in files),
+        "rejected": sum(reasons.values()),
+        "files": files,
+        "rejected_file": rejected.name,
+        "reasons": dict(reasons.most_common(50)),
+        "rejected_rows": shown,
+    }
+
+
+def _hash_lines(path: Path) -> tuple[str, int]:
+    digest, count = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            count += block.count(b"\n")
+    return digest.hexdigest(), count

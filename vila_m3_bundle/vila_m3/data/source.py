@@ -1,0 +1,181 @@
+"""What every source shares: rows that cannot be used, and safe readers of folders, CSV and JSON files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila_m3_common.conversation import IMAGE_TOKEN
+from vila_m3_common.errors import UserError, near_match_hint
+
+from .record import Message, Record
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that makes no record.
+
+    Args:
+        row: number of the row in its file, from 1 (without a header).
+        reason: what is wrong with it.
+        file: name of its file.
+    """
+
+    row: int
+    reason: str
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A record and where it came from, so that later checks can name the row."""
+
+    row: int
+    record: Record
+    file: str = ""
+
+
+Item = Located | Rejected
+
+
+class RowProblem(ValueError):
+    """One row cannot be used; the reader turns it into a :class:`Rejected`."""
+
+
+def check_folder(source: str | Path) -> Path:
+    """Return the folder of an unpacked release.
+
+    Raises:
+        UserError: if it is missing, or is the archive instead of its contents.
+    """
+    folder = Path(source)
+    if folder.is_file():
+        kind = "a zip archive" if zipfile.is_zipfile(folder) else "a file"
+        raise UserError(f"source {folder} is {kind}; unpack the release and give its folder")
+    if not folder.is_dir():
+        raise UserError(f"source folder {folder} does not exist; give the folder of the unpacked release")
+    return folder
+
+
+def check_choice(value: str, valid: Sequence[str], what: str) -> str:
+    """Return ``value`` when it is one of ``valid``.
+
+    Raises:
+        UserError: naming ``what`` and its valid values.
+    """
+    if value not in valid:
+        raise UserError(f"unknown {what} {value!r}; {near_match_hint(str(value), valid)}valid: {', '.join(valid)}")
+    return value
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """Return the first of several names of one file that exists below ``folder``.
+
+    Raises:
+        UserError: if none does.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    archives = [str(path.name) for path in sorted(folder.glob("*.zip"))] + [
+        name + ".gz" for name in names if (folder / f"{name}.gz").is_file()
+    ]
+    hint = f"; unpack {', '.join(archives)} first" if archives else "; give the folder that holds it"
+    raise UserError(f"{folder} has no {' or '.join(names)}{hint}")
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """Return the rows of a JSON file that holds one list; bytes that are not UTF-8 become surrogates.
+
+    Raises:
+        UserError: if the file is cut off or is no list.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut off: download it again") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path} holds a {type(rows).__name__}; a list of rows is needed")
+    return rows
+
+
+def read_csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """Yield ``(row, fields)`` of a CSV file with a header, or ``(row, reason)`` for a row that is broken.
+
+    The file is streamed: memory does not grow with it. A field has at most 131,072 characters (``csv``'s limit),
+    so an unclosed quotation mark cannot swallow the file.
+
+    Args:
+        path: the CSV file.
+        columns: names that the header must have.
+
+    Raises:
+        UserError: if the header lacks a column.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        header = _read_header(reader, path, columns)
+        row, first_line = 0, reader.line_num + 1
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                row += 1
+                yield row, f"lines {first_line} to {reader.line_num} are not CSV ({error}); the file may be cut off"
+            else:
+                if values:
+                    row += 1
+                    yield row, _name_fields(header, values)
+            first_line = reader.line_num + 1
+
+
+def _read_header(reader: Any, path: Path, columns: Sequence[str]) -> list[str]:
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise UserError(f"{path} has no CSV header ({error})") from error
+    missing = [name for name in columns if name not in header]
+    if missing:
+        hints = "".join(near_match_hint(name, header) for name in missing)
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}; {hints}its header: {', '.join(header)[:500]}")
+    return header
+
+
+def _name_fields(header: Sequence[str], values: Sequence[str]) -> dict[str, str] | str:
+    if len(values) != len(header):
+        return f"has {len(values)} fields, the header has {len(header)}; the file may be cut off"
+    return dict(zip(header, values, strict=True))
+
+
+def get_text(row: Any, name: str, default: str | None = None) -> str:
+    """Return a text of a row; numbers become text, as in the original converters.
+
+    Raises:
+        RowProblem: if the field is missing (and has no default) or is no text.
+    """
+    value = row.get(name, default) if isinstance(row, dict) else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowProblem(f"field {name!r} is {'missing' if value is None else type(value).__name__}; it must be a text")
+    return str(value)
+
+
+def ask(question: str, answer: str, image_first: bool | None) -> tuple[Message, Message]:
+    """Return a question and its answer; ``image_first`` is None for a question without an image.
+
+    ``<image>`` within the question is refused: it would claim an image that is not there.
+
+    Raises:
+        RowProblem: if the question holds the placeholder.
+    """
+    if IMAGE_TOKEN in question or IMAGE_TOKEN in answer:
+        raise RowProblem(f"the text holds {IMAGE_TOKEN}, which only stands for an image")
+    if image_first is not None:
+        question = f"{IMAGE_TOKEN}\n{question}" if image_first else f"{question}\n{IMAGE_TOKEN}"
+    return Message("user", question), Message("assistant", answer)
