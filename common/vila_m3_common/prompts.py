@@ -231,8 +231,8 @@ def ct_description(described: str) -> str:
 def tumor_count(counts: Mapping[str, int]) -> str:
     """Return the assistant turn that counts tumours, kind -> count.
 
-    Trained with one kind only; the reference stops at two, and more kinds are joined with commas here.
+    As trained, one tumour "are" counted too. The trained data have one kind only, since the reference stops at two;
+    more kinds are joined with commas here.
     """
     told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
-    is_one = sum(counts.values()) == 1
-    return f"There {'is' if is_one else 'are'} {told}."
+    return f"There are {told}."
