@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from vila_m3.checkpoint import load_processor
 from vila_m3.data.mixture import IndexedJsonl, Mixture, MixtureSampler, temperature_quotas
+from vila_m3.data.mixture_report import describe_mixture, report_mixture
 from vila_m3.data.record import Message, Record, format_row
 from vila_m3_common.errors import UserError
 
@@ -159,3 +162,19 @@ def test_a_batch_that_nothing_fills_is_refused() -> None:
 def test_the_papers_repeats_stand_in_the_config() -> None:
     config = json.loads((ROOT / "vila_m3_bundle/configs/mixture_m3.json").read_text())
     assert {name: entry["repeats"] for name, entry in config["data_sets"].items()} == PAPER
+
+
+def test_the_report_tells_items_tokens_and_shares_and_draws_them(
+    tmp_path: Path, data_sets: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor = load_processor(ROOT / "vila_m3_bundle/models/nano")
+    mixture = Mixture(data_sets, tmp_path)
+    rows = describe_mixture(mixture, processor)
+    expected = sum(len(processor.tokenize(mixture[index].conversation())[0]) for index in range(len(mixture)))
+    assert [(row["items"], row["repeats"], row["shown"]) for row in rows] == [(7, 2, 14), (8, 1, 8)]
+    assert sum(row["tokens"] for row in rows) == expected
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert all(0 < row["supervised_tokens"] < row["tokens"] for row in rows)
+    report_mixture(mixture, processor, str(tmp_path / "out"))
+    assert "| a | 7 | 2 | 14 | 0 |" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out/mixture.png").width > 500
