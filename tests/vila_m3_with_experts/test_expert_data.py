@@ -31,3 +31,14 @@ def test_two_real_radiographs_give_valid_conversations(shared: Path, tmp_path: P
 def test_an_unknown_modality_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="modality PET is unknown"):
         make_expert_data({"PET": []}, str(tmp_path), BUNDLE, [], CARDS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_real_study_gives_valid_conversations(shared: Path, tmp_path: Path) -> None:
+    data = shared / "data"
+    cases = radiographs(shared, 10**6)
+    assert make(tmp_path / "cxr", {"CXR": cases}, "expert_cxr")["kept"] >= 1.8 * len(cases)
+    assert make(tmp_path / "ct", {"CT": [[str(data / "ct/example_ct.nii.gz")]]}, "expert_vista3d")["kept"] == 2
+    sequences = [str(data / f"mri/brats_gli_00001/{name}.nii.gz") for name in ("t1c", "t1n", "t2w", "t2f")]
+    assert make(tmp_path / "mri", {"MRI": [sequences]}, "expert_brats")["kept"] == 2

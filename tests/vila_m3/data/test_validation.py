@@ -122,3 +122,24 @@ def test_the_hash_is_the_sign_of_neighbouring_differences() -> None:
     ramp = np.tile(np.arange(0, 252, 28, np.uint8), (8, 1))
     assert difference_hash(Image.fromarray(ramp)) == 2**64 - 1
     assert difference_hash(Image.fromarray(ramp[:, ::-1].copy())) == 0
+
+
+def run_bundle(config: Any, **overrides: Any) -> None:
+    from monai.bundle import run
+
+    run(config_file=config, **overrides)
+
+
+def test_the_documented_commands_run(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = ROOT / "vila_m3_bundle/configs"
+    monkeypatch.chdir(images)
+    for name in ("train", "test"):
+        Path(f"{name}.jsonl").write_text(format_row(record(name)) + "\n")
+    run_bundle(str(configs / "validate_data.json"), files=["train.jsonl"], image_root=".", output_dir="validated")
+    assert len(Path("validated/train.jsonl").read_text().splitlines()) == 1
+    run_bundle(str(configs / "leak_report.json"))
+    assert json.loads(Path("leaks.json").read_text())[0]["same_images"] == 1
+    overlays = [str(configs / f"mixture_{name}.json") for name in ("report", "m3")]
+    sets = {"usmle": {"files": ["train.jsonl"], "repeats": 3}}
+    run_bundle(overlays, data_root=".", data_sets=sets, output_dir="report")
+    assert "usmle,1,3,3,3," in Path("report/mixture.csv").read_text()
