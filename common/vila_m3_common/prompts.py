@@ -213,3 +213,26 @@ BRATS_REPORTED = "All tumors were segmented"
 def ct_report(verb: str, structures: str, argument: str) -> str:
     """Return the assistant turn that reports a CT segmentation ("I outlined the organs using <VISTA3D(organs)>.")."""
     return f"I {verb} {structures} using <VISTA3D({argument})>."
+
+
+MRI_DESCRIPTION = "This is a brain MRI scan."
+
+
+def glioma_grade(is_low: bool) -> str:
+    """Return the assistant turn that tells the grade of a glioma."""
+    return f"The scan indicates {'lower' if is_low else 'high'} grade glioma."
+
+
+def ct_description(described: str) -> str:
+    """Return the assistant turn that tells what an expert found, ``described`` as in the expert turn; as trained."""
+    return f"This a CT image. It contains several anatomical structures such as identified by VISTA3D: {described}."
+
+
+def tumor_count(counts: Mapping[str, int]) -> str:
+    """Return the assistant turn that counts tumours, kind -> count.
+
+    As trained, one tumour "are" counted too. The trained data have one kind only, since the reference stops at two;
+    more kinds are joined with commas here.
+    """
+    told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
+    return f"There are {told}."

@@ -1,0 +1,1 @@
+"""Conversations in which an expert takes part: one module per expert."""
