@@ -227,6 +227,8 @@ class RunState:
             return
         shared = torch.load(path / SHARED, map_location="cpu", weights_only=True)
         self._check(shared, engine, path)
+        # With gradients at hand torch takes an empty optimizer state as it is, and would load nothing into it.
+        self.optimizer.zero_grad(set_to_none=True)
         tensors = self._tensors(engine)
         dcp.load(tensors, checkpoint_id=str(path), no_dist=world_size() == 1)
         set_state_dict(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_cosine_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from vila_m3_common.errors import UserError, near_match_hint
 
@@ -24,6 +24,7 @@ from .batches import MicroBatch, check_policy
 from .checkpoint import DTYPES, PARTS
 from .configuration import IGNORED_LABEL
 from .model import VilaM3ForConditionalGeneration
+from .processor import VilaM3Processor, build_processor
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,41 @@ def train_adapter(
             parameter.requires_grad_(False)
     object.__setattr__(model, "adapter", adapted)
     return model
+
+
+def stage_processor(
+    tokenizer: PreTrainedTokenizerBase, model: VilaM3ForConditionalGeneration, template: str | None, max_length: int
+) -> VilaM3Processor:
+    """Return the processor of a stage.
+
+    Args:
+        tokenizer: of the model.
+        model: that is trained.
+        template: of the conversations in this stage; None takes the model's.
+        max_length: longest conversation in tokens.
+    """
+    processor = build_processor(tokenizer, model.config)
+    processor.template_name = template or processor.template_name
+    processor.context_length = min(max_length, processor.context_length)
+    return processor
+
+
+def prepare_model(
+    model: VilaM3ForConditionalGeneration,
+    parts: Sequence[str],
+    adapter: Mapping[str, Any] | None = None,
+    recomputes: bool = False,
+) -> VilaM3ForConditionalGeneration:
+    """Choose what learns.
+
+    Args:
+        model: changed in place, and returned.
+        parts: see :func:`train_parts`.
+        adapter: arguments of :func:`train_adapter`, which then learns in place of the parts.
+        recomputes: whether activations are computed again in the backward pass.
+    """
+    prepared = train_parts(model, parts) if adapter is None else train_adapter(model, **adapter)
+    return checkpoint_gradients(prepared) if recomputes else prepared
 
 
 def checkpoint_gradients(model: VilaM3ForConditionalGeneration) -> VilaM3ForConditionalGeneration:
@@ -361,6 +397,3 @@ class StageTrainer(Trainer):
         total = torch.tensor(float(value), dtype=torch.float64, device=self.state.device)
         dist.all_reduce(total)
         return float(total)
-
-
-Handler = Callable[[Engine], None]

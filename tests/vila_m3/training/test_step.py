@@ -37,7 +37,9 @@ def mean_gradients(model: VilaM3ForConditionalGeneration, micro: dict[str, torch
     model.zero_grad()
     loss = SupervisedLoss(model)(**micro) / supervised_count(micro)
     loss.backward()
-    return float(loss.detach()), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return float(loss.detach()), {
+        name: value.grad for name, value in model.named_parameters() if value.grad is not None
+    }
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -215,5 +217,3 @@ def test_an_empty_shard_stops_or_is_left_out(dataset: RecordDataset, tmp_path: P
     assert len(RecordDataset([full, empty], tmp_path, dataset.processor, on_error="skip")) == 10
     with pytest.raises(UserError, match="no conversation to train on"):
         RecordDataset([empty], tmp_path, dataset.processor, on_error="skip")
-
-
