@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ignite.engine import Events
 from ignite.handlers import ProgressBar
 
@@ -28,9 +29,9 @@ from .batches import RecordDataset
 from .data.record import to_conversation
 from .export import save_one_folder, save_released
 from .model import VilaM3ForConditionalGeneration
-from .processor import VilaM3Processor
+from .processor import VilaM3Processor, build_processor
 from .run_state import sha256_of
-from .trainer import StageTrainer
+from .trainer import StageTrainer, whole_model, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -129,18 +130,30 @@ class GeneratedValidation:
 
     def __call__(self, engine: StageTrainer) -> None:
         """Validate, write the samples, set the metrics."""
-        self.model.eval()
-        answer = Answerer(self.model, self.processor, max_new_tokens=self.max_new_tokens)
-        rows = [row for index in range(min(self.count, len(self.dataset))) for row in self._turns(index, answer)]
-        self.model.train()
-        if not rows:
+        model = whole_model(self.model, engine.network)
+        found = self._metrics(model, engine.state.epoch) if is_main_process() and model is not None else None
+        if world_size() > 1:
+            shared = [found]
+            dist.broadcast_object_list(shared, src=0)
+            found = shared[0]
+        if not found:
             raise UserError("the held-out conversations have no assistant turn to generate; give others")
-        engine.state.metrics["exact_match"] = sum(row["is_exact"] for row in rows) / len(rows)
-        engine.state.metrics["trigger_accuracy"] = sum(row["is_trigger_right"] for row in rows) / len(rows)
-        if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-            (self.folder / f"samples_{engine.state.epoch:04d}.jsonl").write_text(lines)
+        engine.state.metrics |= found
+
+    def _metrics(self, model: VilaM3ForConditionalGeneration, epoch: int) -> dict[str, float]:
+        """Generate, write the samples, and return the metrics; none without a turn."""
+        answer = Answerer(model.eval(), self.processor, max_new_tokens=self.max_new_tokens)
+        rows = [row for index in range(min(self.count, len(self.dataset))) for row in self._turns(index, answer)]
+        model.train()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+        (self.folder / f"samples_{epoch:04d}.jsonl").write_text(lines)
+        if not rows:
+            return {}
+        return {
+            "exact_match": sum(row["is_exact"] for row in rows) / len(rows),
+            "trigger_accuracy": sum(row["is_trigger_right"] for row in rows) / len(rows),
+        }
 
     def _turns(self, index: int, answer: Answerer) -> list[dict[str, Any]]:
         record = self.dataset.records[index]
@@ -211,17 +224,21 @@ class BestCheckpoint:
         value = float(metrics[self.metric]) * (-1 if self.metric.endswith("loss") else 1)
         if value > self.best:
             self.best = value
-            if is_main_process():
-                self._write(engine)
+            model = whole_model(self.model, engine.network)
+            if is_main_process() and model is not None:
+                self._write(engine, model)
 
-    def _write(self, engine: StageTrainer) -> None:
+    def _write(self, engine: StageTrainer, model: VilaM3ForConditionalGeneration) -> None:
         """Write into a folder beside it first, so that a kill or a full disk leaves the last one whole."""
-        adapter = getattr(self.model, "adapter", None)
-        model = merge_adapter(copy.deepcopy(adapter)) if adapter is not None else self.model
+        adapter = getattr(model, "adapter", None)
+        if adapter is not None:
+            model = merge_adapter(copy.deepcopy(adapter))
+        # In use the model has its own template and length, whatever this stage trained with.
+        processor = build_processor(self.processor.tokenizer, model.config)
         partial = self.folder.with_name(f"{self.folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        save_released(model, self.processor, partial, self.dtype)
-        save_one_folder(model, self.processor, partial / "one_folder")
+        save_released(model, processor, partial, self.dtype)
+        save_one_folder(model, processor, partial / "one_folder")
         (partial / "model_card.json").write_text(json.dumps(self._card(engine), indent=2, default=str) + "\n")
         shutil.rmtree(self.folder, ignore_errors=True)
         partial.replace(self.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from ignite.engine import Engine
 from monai.engines import Trainer
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
@@ -213,6 +215,31 @@ def shard(loss: SupervisedLoss, dtype: str = "float32") -> nn.Module:
     for layer in [*model.vision_tower.encoder.layers, *model.llm.model.layers]:
         fully_shard(layer, mp_policy=policy)
     return fully_shard(loss, mp_policy=policy)
+
+
+def whole_model(model: VilaM3ForConditionalGeneration, network: nn.Module) -> VilaM3ForConditionalGeneration | None:
+    """Return the model to generate with or to write: itself, or of shares on all processes a copy on rank 0.
+
+    All processes must call this together.
+
+    Args:
+        model: that is trained.
+        network: what :func:`learner` made of it.
+
+    Returns:
+        The model; None on the other processes of ``fsdp``.
+    """
+    if not isinstance(network, FSDPModule):
+        return model
+    if getattr(model, "adapter", None) is not None:
+        raise UserError("an adapter is not trained in shares; use multi_gpu_train.json, which holds the model whole")
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() != 0:
+        return None
+    copied = VilaM3ForConditionalGeneration(copy.deepcopy(model.config))
+    copied.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    copied.stored, copied.generation_config = model.stored, model.generation_config
+    return copied
 
 
 def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
