@@ -38,7 +38,7 @@ def random_state() -> dict[str, Any]:
     version, numbers, following = random.getstate()
     return {
         "python": [version, list(numbers), following],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -277,8 +277,8 @@ def _disk_error(error: BaseException) -> OSError | None:
     """Return the error of the file system behind what a writer raised, if there is one."""
     seen: list[BaseException] = [error, *getattr(error, "failures", {}).values()]
     for found in seen:
-        inner = found[0] if isinstance(found, tuple) else found
-        while isinstance(inner, BaseException):
+        inner: BaseException | None = found[0] if isinstance(found, tuple) else found
+        while inner is not None:
             if isinstance(inner, OSError):
                 return inner
             inner = inner.__cause__ or inner.__context__

@@ -214,7 +214,8 @@ def shard(loss: SupervisedLoss, dtype: str = "float32") -> nn.Module:
     model = loss.model
     for layer in [*model.vision_tower.encoder.layers, *model.llm.model.layers]:
         fully_shard(layer, mp_policy=policy)
-    return fully_shard(loss, mp_policy=policy)
+    fully_shard(loss, mp_policy=policy)
+    return loss
 
 
 def whole_model(model: VilaM3ForConditionalGeneration, network: nn.Module) -> VilaM3ForConditionalGeneration | None:
@@ -360,7 +361,7 @@ class StageTrainer(Trainer):
             decollate=False,
         )
 
-    def _iteration(self, engine: Engine, micros: list[MicroBatch]) -> dict[str, Any]:  # type: ignore[override]
+    def _iteration(self, engine: Engine, micros: list[MicroBatch]) -> dict[str, Any]:
         """Make one step; the output has ``loss``, ``grad_norm`` and counts of this process's tokens and images."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
