@@ -63,7 +63,9 @@ def estimate(
         utilisation: share of it that is used; an assumption to be replaced by a measurement.
     """
     with init_empty_weights():
-        model = train_parts(build_model(dict(config)), parts)
+        model = build_model(dict(config))
+    model.tie_weights()
+    train_parts(model, parts)
     sizes = {name: (value.numel(), value.requires_grad) for name, value in model.named_parameters()}
     count = sum(size for size, _ in sizes.values())
     learns = sum(size for size, is_trained in sizes.values() if is_trained)
