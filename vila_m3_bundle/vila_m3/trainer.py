@@ -67,23 +67,15 @@ def _unused_prefixes(model: VilaM3ForConditionalGeneration) -> tuple[str, ...]:
     return (*behind, "vision_tower.post_layernorm.", "vision_tower.head.")
 
 
-def train_adapter(
-    model: VilaM3ForConditionalGeneration,
-    rank: int = 64,
-    alpha: int = 16,
-    dropout: float = 0.05,
-    use_dora: bool = False,
-    includes_tower: bool = False,
-    trains_projector: bool = False,
-) -> VilaM3ForConditionalGeneration:
-    """Let only an adapter learn; arguments as of :func:`vila_m3.adapters.attach_adapter`.
+def train_adapter(model: VilaM3ForConditionalGeneration, **options: Any) -> VilaM3ForConditionalGeneration:
+    """Let only an adapter learn; options as of :func:`vila_m3.adapters.attach_adapter`.
 
     Returns:
         The model itself, with the adapter in its layers; ``model.adapter`` is peft's wrapper of it, kept out of the
         model's own modules.
     """
     unused = _unused_prefixes(model)
-    adapted = attach_adapter(model, rank, alpha, dropout, use_dora, includes_tower, trains_projector)
+    adapted = attach_adapter(model, **options)
     for name, parameter in model.named_parameters():
         if name.startswith(unused):
             parameter.requires_grad_(False)
