@@ -104,6 +104,24 @@ def splice(
     )
 
 
+def plan_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Return which sequences stand in which row, from the longest to the shortest as VILA packs them.
+
+    Args:
+        lengths: of the sequences, in tokens.
+        width: of a row; a longer sequence has a row of its own.
+    """
+    rows: list[list[int]] = []
+    used = width + 1
+    for index in torch.sort(torch.tensor(lengths), descending=True).indices.tolist():
+        if used + lengths[index] > width:
+            rows.append([])
+            used = 0
+        rows[-1].append(index)
+        used += lengths[index]
+    return rows
+
+
 def pack(batch: Spliced, padding_value: float = 0.0) -> Spliced:
     """Put short sequences behind each other in one row, for training; the batch's width stays the bound.
 
@@ -116,16 +134,7 @@ def pack(batch: Spliced, padding_value: float = 0.0) -> Spliced:
         padding_value: of the embeddings at padding. VILA writes the pad token's id there, which nothing reads.
     """
     width = batch.attention_mask.shape[1]
-    lengths = batch.attention_mask.sum(dim=1)
-    rows: list[list[int]] = []
-    used = width + 1
-    for index in torch.sort(lengths, descending=True).indices.tolist():
-        length = int(lengths[index])
-        if used + length > width:
-            rows.append([])
-            used = 0
-        rows[-1].append(index)
-        used += length
+    rows = plan_rows(batch.attention_mask.sum(dim=1).tolist(), width)
     kept = [[(index, batch.attention_mask[index]) for index in row] for row in rows]
     embeddings = [torch.cat([batch.inputs_embeds[index][mask] for index, mask in row]) for row in kept]
     labels = [torch.cat([batch.labels[index][mask] for index, mask in row]) for row in kept]
