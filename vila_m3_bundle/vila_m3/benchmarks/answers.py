@@ -26,7 +26,20 @@ from .published import normalize_word
 YesNo = Literal["yes", "no"]
 
 POSITIVE = ("yes", "yeah", "true", "positive", "present", "abnormal", "correct", "y")
-NEGATIVE = ("no", "not", "none", "nope", "false", "negative", "absent", "without", "normal", "nothing", "incorrect", "n")
+NEGATIVE = (
+    "no",
+    "not",
+    "none",
+    "nope",
+    "false",
+    "negative",
+    "absent",
+    "without",
+    "normal",
+    "nothing",
+    "incorrect",
+    "n",
+)
 # Words that name no side by themselves; a decision after them ("cannot exclude, yes") still counts.
 _HEDGES = re.compile(
     r"\b(can\s?not|can't|could not|couldn't|may|might|not)\s+(be\s+)?(fully\s+|entirely\s+)?"
@@ -38,7 +51,9 @@ _REFUSALS = re.compile(
 )
 _LABEL = re.compile(r"^\s*(?:[A-Za-z][\w'-]*\s+){0,3}[A-Za-z][\w'-]*\s*:\s*")
 _EVIDENCE = re.compile(r"\b(there (is|are)|evidence of|signs? of|shows?|demonstrates?|seen|visible|consistent with)\b")
-_EXPLANATION = re.compile(r"\n|(?<=\w)\.(?:\s|$)|,\s+(?=(?:this|that|because|as|since|which|it|the|there)\b)", re.IGNORECASE)
+_EXPLANATION = re.compile(
+    r"\n|(?<=\w)\.(?:\s|$)|,\s+(?=(?:this|that|because|as|since|which|it|the|there)\b)", re.IGNORECASE
+)
 
 
 def is_unparsable(text: str) -> bool:
@@ -108,12 +123,16 @@ def parse_letters(text: str, options: Sequence[str]) -> tuple[str, ...] | None:
     body = text if re.match(r"\s*[A-Za-z]\s*:", text) is None else text.split(":", 1)[1]
     found = re.findall(rf"\(\s*([{span}{span.lower()}])\s*\)", body)
     found += re.findall(rf"(?<![\w(])([{span}{span.lower()}])(?=\))", body)
-    if not found and re.fullmatch(rf"[\W_]*(?:[{span}{span.lower()}](?:[\W_]+|$)|and\b[\W_]*)+", drop_label(body).strip() or "-"):
+    if not found and re.fullmatch(
+        rf"[\W_]*(?:[{span}{span.lower()}](?:[\W_]+|$)|and\b[\W_]*)+", drop_label(body).strip() or "-"
+    ):
         found = [mark for mark in re.findall(r"[A-Za-z]+", drop_label(body)) if len(mark) == 1]
     if found:
         return tuple(sorted({letter.upper() for letter in found}))
     lowered = f" {normalize_word(body.lower())} "
-    named = [letter for letter, name in zip(letters, options, strict=True) if f" {normalize_word(name.lower())} " in lowered]
+    named = [
+        letter for letter, name in zip(letters, options, strict=True) if f" {normalize_word(name.lower())} " in lowered
+    ]
     return tuple(named) or None
 
 

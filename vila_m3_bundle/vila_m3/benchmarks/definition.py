@@ -123,7 +123,9 @@ def read_questions(benchmark: Benchmark, data_root: str | Path) -> list[Question
             raise UserError(f"{benchmark.name}: row {item.row} of {item.file} cannot be used: {item.reason}")
         questions.append(_question(item.record))
     if not questions:
-        raise UserError(f"{benchmark.name}: no questions in {Path(data_root) / benchmark.folder} for {benchmark.options}")
+        raise UserError(
+            f"{benchmark.name}: no questions in {Path(data_root) / benchmark.folder} for {benchmark.options}"
+        )
     return questions
 
 

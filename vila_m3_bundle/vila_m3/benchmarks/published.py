@@ -54,21 +54,107 @@ _PERIOD = re.compile(r"\.(?!\d)")
 _REMOVED_PERIODS = int(re.UNICODE)
 _NUMBERS = {
     word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
 } | {"none": "0"}
 _ARTICLES = ("a", "an", "the")
-_CONTRACTED = (
-    "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's "
-    "isn't it'd it'll let's ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't she's "
-    "should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's "
-    "there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's "
-    "what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't "
-    "y'all you'd you'll you're you've"
-).split()
-_TWICE_CONTRACTED = (
-    "couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've "
-    "something'd've there'd've they'd've we'd've who'd've wouldn't've you'd've y'all'll"
-).split()
+_CONTRACTED = [
+    "ain't",
+    "aren't",
+    "can't",
+    "could've",
+    "couldn't",
+    "didn't",
+    "doesn't",
+    "don't",
+    "hadn't",
+    "hasn't",
+    "haven't",
+    "he'd",
+    "he's",
+    "how'd",
+    "how'll",
+    "how's",
+    "isn't",
+    "it'd",
+    "it'll",
+    "let's",
+    "ma'am",
+    "mightn't",
+    "might've",
+    "mustn't",
+    "must've",
+    "needn't",
+    "not've",
+    "o'clock",
+    "oughtn't",
+    "shan't",
+    "she's",
+    "should've",
+    "shouldn't",
+    "somebody'll",
+    "somebody's",
+    "someone'd",
+    "someone'll",
+    "someone's",
+    "something'd",
+    "something'll",
+    "that's",
+    "there'd",
+    "there're",
+    "there's",
+    "they'd",
+    "they'll",
+    "they're",
+    "they've",
+    "'twas",
+    "wasn't",
+    "we've",
+    "weren't",
+    "what'll",
+    "what're",
+    "what's",
+    "what've",
+    "when's",
+    "where'd",
+    "where's",
+    "where've",
+    "who'd",
+    "who'll",
+    "who's",
+    "who've",
+    "why'll",
+    "why're",
+    "why's",
+    "won't",
+    "would've",
+    "wouldn't",
+    "y'all",
+    "you'd",
+    "you'll",
+    "you're",
+    "you've",
+]
+_TWICE_CONTRACTED = [
+    "couldn't've",
+    "hadn't've",
+    "he'd've",
+    "it'd've",
+    "mightn't've",
+    "she'd've",
+    "shouldn't've",
+    "somebody'd've",
+    "someone'd've",
+    "something'd've",
+    "there'd've",
+    "they'd've",
+    "we'd've",
+    "who'd've",
+    "wouldn't've",
+    "you'd've",
+    "y'all'll",
+]
 
 
 def _contractions() -> dict[str, str]:
@@ -135,8 +221,14 @@ def diff_vqa_totals(scores: Mapping[str, Sequence[tuple[bool, float]]]) -> dict[
     totals: dict[str, Any] = {}
     for kind, rows in scores.items():
         totals[kind] = {"open": _mean(rows, False), "closed": _mean(rows, True)}
-    counts = {closed: sum(is_closed == closed for rows in scores.values() for is_closed, _ in rows) for closed in (0, 1)}
-    totals |= {"total_open": float(counts[0]), "total_closed": float(counts[1]), "total_qas": float(sum(counts.values()))}
+    counts = {
+        closed: sum(is_closed == closed for rows in scores.values() for is_closed, _ in rows) for closed in (0, 1)
+    }
+    totals |= {
+        "total_open": float(counts[0]),
+        "total_closed": float(counts[1]),
+        "total_qas": float(sum(counts.values())),
+    }
     for name, closed in (("open", False), ("closed", True)):
         present = [rows for rows in scores.values() if any(is_closed == closed for is_closed, _ in rows)]
         means = [_mean(rows, closed) for rows in present]

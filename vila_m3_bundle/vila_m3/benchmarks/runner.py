@@ -87,7 +87,11 @@ def predict(
 
 def merge_shards(folder: Path, name: str, known: Sequence[str]) -> Path | None:
     """Join the processes' files into ``<name>.jsonl`` in the order of the questions; None while answers are missing."""
-    rows = {str(row["question_id"]): row for path in sorted(folder.glob(f"{name}.shard*.jsonl")) for row in read_rows(path)[0]}
+    rows = {
+        str(row["question_id"]): row
+        for path in sorted(folder.glob(f"{name}.shard*.jsonl"))
+        for row in read_rows(path)[0]
+    }
     if not all(question_id in rows for question_id in known):
         return None
     merged = folder / f"{name}.jsonl"

@@ -8,7 +8,11 @@ from typing import Any
 
 from .definition import Benchmark
 
-ROWS = {"": "this model", "_blank": "this model, blank image", "_majority": "majority answer per question (upper bound)"}
+ROWS = {
+    "": "this model",
+    "_blank": "this model, blank image",
+    "_majority": "majority answer per question (upper bound)",
+}
 
 
 def _rows(definition: Benchmark, results: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None, Any]]:
@@ -32,7 +36,12 @@ def markdown_table(definitions: Sequence[Benchmark], results: Mapping[str, Any])
     lines = []
     for definition in definitions:
         count = results[definition.name]["accuracy"]["count"]
-        lines += [f"## {definition.title}", "", f"{count} questions. The published grading counts: {definition.counts}.", ""]
+        lines += [
+            f"## {definition.title}",
+            "",
+            f"{count} questions. The published grading counts: {definition.counts}.",
+            "",
+        ]
         lines += ["| | as published | corrected |", "| --- | --- | --- |"]
         lines += [f"| {label} | {_percent(one)} | {_percent(two)} |" for label, one, two in _rows(definition, results)]
         lines += ["", f"Unparsable answers: {results[definition.name]['unparsable']}.", ""]
