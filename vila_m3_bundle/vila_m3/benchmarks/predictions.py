@@ -1,0 +1,125 @@
+"""Predictions on disk: written with a checksum per line, read from anyone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila_m3_common.errors import UserError
+
+CHECKSUM = "sha256"
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a file holds.
+
+    Args:
+        lines: (question id, text) in the order of the file.
+        notes: what a reader must know: broken lines, odd scores.
+    """
+
+    lines: tuple[tuple[Any, str], ...]
+    notes: tuple[str, ...] = ()
+
+
+def checksum(row: Mapping[str, Any]) -> str:
+    """Return the checksum of a row without its own field."""
+    rest = {key: value for key, value in row.items() if key != CHECKSUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the good rows of a JSONL file and what is wrong with the others; nothing raises but a missing file."""
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"predictions {path} cannot be read ({error.strerror}); give a JSONL file") from error
+    rows, notes = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            notes.append(f"line {number} is not valid JSON (cut off?) and was left out")
+            continue
+        if not isinstance(row, dict) or not _is_whole(row):
+            notes.append(f"line {number} needs question_id (text or number) and text, and was left out")
+        elif CHECKSUM in row and row[CHECKSUM] != checksum(row):
+            notes.append(f"line {number} does not have its checksum and was left out")
+        else:
+            rows.append(row)
+    return rows, notes
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("question_id"), (str, int)) and isinstance(row.get("text"), str)
+
+
+def read_predictions(path: str | Path, known: Sequence[str]) -> Predictions:
+    """Read a predictions file and compare its ids with the questions'.
+
+    Raises:
+        UserError: if the file is missing or has no usable line.
+    """
+    rows, notes = read_rows(Path(path))
+    if not rows:
+        raise UserError(f"{path} has no usable line; each needs question_id and text")
+    counts = Counter(row["question_id"] for row in rows)
+    repeated = sum(count > 1 for count in counts.values())
+    unknown = sum(name not in known for name in counts)
+    missing = sum(name not in counts for name in known)
+    told = ((repeated, "ids stand in several lines; the last counts"), (unknown, "ids are no question's; ignored"))
+    notes += [f"{count} {what}" for count, what in (*told, (missing, "questions have no answer; wrong")) if count]
+    return Predictions(tuple((row["question_id"], row["text"]) for row in rows), tuple(notes))
+
+
+class PredictionFile:
+    """Predictions of one run, appended batch by batch; continued after a kill.
+
+    Args:
+        path: the JSONL file.
+        settings: what the answers depend on; kept beside it.
+
+    Raises:
+        UserError: if the file was begun with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._check_settings(path.with_suffix(".settings.json"), dict(settings))
+        rows = [row for row in read_rows(path)[0] if CHECKSUM in row] if path.is_file() else []
+        self.done = {str(row["question_id"]): row for row in rows if not row.get("error")}
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(map(_line, self.done.values())), encoding="utf-8")
+        partial.replace(path)
+
+    def _check_settings(self, kept: Path, settings: dict[str, Any]) -> None:
+        if not self.path.is_file() or not kept.is_file():
+            kept.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            return
+        before = json.loads(kept.read_text())
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            listed = ", ".join(f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in changed)
+            raise UserError(f"{self.path} was begun with other settings ({listed}); give another --output_dir")
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows with checksums and make sure that they are on disk."""
+        with self.path.open("a", encoding="utf-8") as opened:
+            opened.write("".join(_line(row) for row in rows))
+            opened.flush()
+            os.fsync(opened.fileno())
+        self.done |= {str(row["question_id"]): dict(row) for row in rows if not row.get("error")}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({**row, CHECKSUM: checksum(row)}, ensure_ascii=False) + "\n"
