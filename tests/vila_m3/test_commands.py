@@ -118,7 +118,7 @@ def test_inference_without_question_is_refused(repository: Path, cxr_file: Path)
 
 def test_evaluation_runs_alone(repository: Path, tmp_path: Path) -> None:
     options = {"conversation_count": 4, "phantom_count": 1, "device": "cpu", "output_dir": str(tmp_path)}
-    call(repository, "evaluate", "size_nano", **options)
+    call(repository, "evaluate_replies", "size_nano", **options)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["all"]["count"] == 4
     assert 0 <= metrics["all"]["first_reply"] <= 1
