@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from vila_m3_common.volumes import load_picture
 
 from .answer import Answered, Answerer
 from .inference import open_conversation
+from .resumable_files import append_durably, check_settings, write_atomically
 
 ROLES = ("user", "assistant", "expert")
 
@@ -145,19 +145,9 @@ class AnswerFile:
         self.path = Path(path)
         self.settings_path = self.path.with_name(f"{self.path.name}.settings.json")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._check_settings(dict(settings))
+        check_settings(self.path, self.settings_path, dict(settings), "--output")
         self.done = {row["question_id"]: row for row in self._answered_lines()}
         self._rewrite()
-
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        if not self.path.is_file() or not self.settings_path.is_file():
-            self.settings_path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-            return
-        before = json.loads(self.settings_path.read_text())
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            listed = ", ".join(f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in changed)
-            raise UserError(f"{self.path} was begun with other settings ({listed}); give another --output")
 
     def _answered_lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_file():
@@ -172,16 +162,11 @@ class AnswerFile:
 
     def _rewrite(self) -> None:
         """Leave whole, good lines only; replaced in one step, so that a kill loses nothing."""
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text("".join(_line(row) for row in self.done.values()), encoding="utf-8")
-        partial.replace(self.path)
+        write_atomically(self.path, "".join(map(_line, self.done.values())))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write lines and make sure that they are on disk."""
-        with self.path.open("a", encoding="utf-8") as opened:
-            opened.write("".join(_line(row) for row in rows))
-            opened.flush()
-            os.fsync(opened.fileno())
+        append_durably(self.path, "".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, Any]) -> str:

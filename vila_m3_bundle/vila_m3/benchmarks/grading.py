@@ -11,6 +11,7 @@ from typing import Any
 from vila_m3_common.errors import exits_with_message
 from vila_m3_common.standalone import make_output_dir
 
+from ..resumable_files import write_atomically
 from .answers import is_right
 from .definition import Benchmark, Question, load_benchmark, read_questions
 from .predictions import Predictions, read_predictions
@@ -94,9 +95,7 @@ def majority_predictions(questions: Sequence[Question]) -> Predictions:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file in one step; NaN is refused."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @exits_with_message

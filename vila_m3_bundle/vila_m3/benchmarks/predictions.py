@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vila_m3_common.errors import UserError
+
+from ..resumable_files import append_durably, check_settings, write_atomically
 
 CHECKSUM = "sha256"
 
@@ -95,29 +96,14 @@ class PredictionFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._check_settings(path.with_suffix(".settings.json"), dict(settings))
+        check_settings(path, path.with_suffix(".settings.json"), dict(settings), "--output_dir")
         rows = [row for row in read_rows(path)[0] if CHECKSUM in row] if path.is_file() else []
         self.done = {str(row["question_id"]): row for row in rows if not row.get("error")}
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(map(_line, self.done.values())), encoding="utf-8")
-        partial.replace(path)
-
-    def _check_settings(self, kept: Path, settings: dict[str, Any]) -> None:
-        if not self.path.is_file() or not kept.is_file():
-            kept.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-            return
-        before = json.loads(kept.read_text())
-        changed = [key for key in settings if before.get(key) != settings[key]]
-        if changed:
-            listed = ", ".join(f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in changed)
-            raise UserError(f"{self.path} was begun with other settings ({listed}); give another --output_dir")
+        write_atomically(path, "".join(map(_line, self.done.values())))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows with checksums and make sure that they are on disk."""
-        with self.path.open("a", encoding="utf-8") as opened:
-            opened.write("".join(_line(row) for row in rows))
-            opened.flush()
-            os.fsync(opened.fileno())
+        append_durably(self.path, "".join(map(_line, rows)))
         self.done |= {str(row["question_id"]): dict(row) for row in rows if not row.get("error")}
 
 

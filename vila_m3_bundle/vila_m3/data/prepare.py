@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from vila_m3_common.errors import UserError, exits_with_message, near_match_hint
 
+from ..resumable_files import write_atomically
 from .record import Message, Record, format_row, resolve_image
 from .source import Item, Located, Rejected
 
@@ -195,7 +196,7 @@ class _Writer:
             os.fsync(file.fileno())
         self.state.taken = taken
         self.state.bytes_written, self.state.rejected_bytes = self.rows.tell(), self.rejected.tell()
-        _write_atomically(self.progress_path, json.dumps(vars(self.state)))
+        write_atomically(self.progress_path, json.dumps(vars(self.state)))
 
     def finish(self) -> tuple[list[Path], Path]:
         """Give the files their names; return the shards and the file of rejected rows."""
@@ -219,12 +220,6 @@ def _close(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @exits_with_message
@@ -277,7 +272,7 @@ def prepare(
     _write_rows(writer, _chain(first, items), checks, save_every)
     shards, rejected = writer.finish()
     summary = _summarise(dataset, split, shards, rejected)
-    _write_atomically(folder / f"{name}.summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / f"{name}.summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     print(f"{name}: {summary['written']} rows written, {summary['rejected']} rejected, in {folder}")
     return summary
 

@@ -1,0 +1,48 @@
+"""Files of long runs: replaced in one step, appended for certain, continued with the settings they began with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vila_m3_common.errors import UserError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a kill leaves either the old or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def append_durably(path: Path, text: str) -> None:
+    """Append text and make sure that it is on disk."""
+    with path.open("a", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def check_settings(path: Path, kept: Path, settings: Mapping[str, Any], option: str) -> None:
+    """Keep what a new file depends on, or compare it with what was kept when the file was begun.
+
+    Args:
+        path: the file that a run continues.
+        kept: JSON file of its settings.
+        settings: of this run.
+        option: of the command, that names another place to write to.
+
+    Raises:
+        UserError: if a setting has changed; the message lists old and new values.
+    """
+    if not path.is_file() or not kept.is_file():
+        kept.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        return
+    before = json.loads(kept.read_text())
+    changed = [key for key in settings if before.get(key) != settings[key]]
+    if changed:
+        listed = ", ".join(f"{key} {before.get(key)!r} -> {settings[key]!r}" for key in changed)
+        raise UserError(f"{path} was begun with other settings ({listed}); give another {option}")
