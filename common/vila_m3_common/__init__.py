@@ -1,6 +1,6 @@
 """Contracts and mechanics shared by every bundle of the collection; imports no bundle."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import logging as _logging
 

@@ -33,6 +33,7 @@ _SEQUENCE_WORDS = {
     "t2": ("t2w", "t2"),
     "flair": ("t2f", "flair"),
 }
+_SPOKEN_SEQUENCES = {"t1c": "T1c", "t1": "T1", "t2": "T2", "flair": "FLAIR"}
 _DICOM_MODALITIES = {"CT": "CT", "MR": "MRI", "CR": "CXR", "DX": "CXR", "DR": "CXR", "RG": "CXR"}
 
 
@@ -45,12 +46,14 @@ class Study:
         paths: image files or DICOM folders; four in the order T1c, T1, T2, FLAIR for a brain MRI.
         source: where the modality comes from: ``user``, ``DICOM`` or ``intensities``.
         notes: sentences for the user about what was assumed.
+        sequence_order: the MRI sequences in the order of ``paths``, or of the channels of one 4-D file.
     """
 
     modality: str
     paths: tuple[Path, ...]
     source: str
     notes: tuple[str, ...] = field(default=())
+    sequence_order: tuple[str, ...] = SEQUENCES
 
     @property
     def is_planar(self) -> bool:
@@ -72,7 +75,8 @@ class Study:
     @property
     def fingerprint(self) -> tuple[str, ...]:
         """Identity of the images, for reusing earlier expert results."""
-        return tuple(f"{path.resolve()}:{path.stat().st_mtime_ns}" for path in self.paths)
+        stamps = tuple(f"{path.resolve()}:{path.stat().st_mtime_ns}" for path in self.paths)
+        return (*stamps, *self.sequence_order)
 
 
 def is_volume(path: Path) -> bool:
@@ -87,13 +91,31 @@ def _channel_count(path: Path) -> int:
     return array.shape[3] if array.ndim == 4 else 1
 
 
-def open_study(image: str | Path | Sequence[str | Path], modality: str | None = None) -> Study:
+def check_sequence_order(sequence_order: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the order as a tuple of all four sequences, the standard one for None.
+
+    Raises:
+        UserError: if a sequence is missing, twice, or unknown.
+    """
+    order = SEQUENCES if sequence_order is None else tuple(sequence_order)
+    if sorted(order) != sorted(SEQUENCES):
+        raise UserError(f"sequence_order {list(order)} is not usable; give each of {', '.join(SEQUENCES)} once")
+    return order
+
+
+def open_study(
+    image: str | Path | Sequence[str | Path],
+    modality: str | None = None,
+    sequence_order: Sequence[str] | None = None,
+) -> Study:
     """Find out what ``image`` is and check that it can be used.
 
     Args:
         image: a file; a DICOM series folder; for brain MRI a list of four files, a folder in which
-            they are found by name, or one 4-D NIfTI in the order T1c, T1, T2, FLAIR.
+            they are found by name, or one 4-D NIfTI.
         modality: ``CT``, ``MRI`` or ``CXR`` to overrule what tags and intensities say.
+        sequence_order: of the channels of a 4-D file, or of four files whose names do not tell; None means
+            T1c, T1, T2, FLAIR.
 
     Raises:
         UserError: with what was given, what is allowed and what to do.
@@ -101,14 +123,23 @@ def open_study(image: str | Path | Sequence[str | Path], modality: str | None = 
     if modality is not None and modality not in MODALITIES:
         hint = near_match_hint(modality.upper(), MODALITIES)
         raise UserError(f"unknown modality {modality!r}; {hint}allowed: {', '.join(MODALITIES)}")
+    study = _open(image, modality, check_sequence_order(sequence_order))
+    if sequence_order is not None and not study.has_brain_sequences:
+        raise UserError(
+            f"sequence_order {list(sequence_order)} was given for an image without four MRI sequences; leave it out"
+        )
+    return study
+
+
+def _open(image: str | Path | Sequence[str | Path], modality: str | None, order: tuple[str, ...]) -> Study:
     if not isinstance(image, (str, Path)):
-        return _open_sequences([Path(path) for path in image], modality)
+        return _open_sequences([Path(path) for path in image], modality, order)
     path = Path(image)
     check_file(path)
     if path.is_dir() and not dicom_files(path):
-        return _open_sequences(_volume_files(path), modality)
+        return _open_sequences(_volume_files(path), modality, order)
     if path.is_dir() or has_suffix(path, VOLUME_SUFFIXES):
-        return _open_volume(path, modality)
+        return _open_volume(path, modality, order)
     return _open_planar(path, modality)
 
 
@@ -133,7 +164,7 @@ def match_sequences(paths: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _open_sequences(paths: Sequence[Path], modality: str | None) -> Study:
+def _open_sequences(paths: Sequence[Path], modality: str | None, order: tuple[str, ...]) -> Study:
     for path in paths:
         check_file(path)
     if modality not in (None, "MRI"):
@@ -143,19 +174,20 @@ def _open_sequences(paths: Sequence[Path], modality: str | None) -> Study:
     notes: tuple[str, ...] = ()
     if missing and len(paths) == 4 and not found:
         ordered = list(paths)
-        notes = ("The file names do not tell the sequences; they were taken in the order T1c, T1, T2, FLAIR.",)
+        listed = ", ".join(_SPOKEN_SEQUENCES[sequence] for sequence in order)
+        notes = (f"The file names do not tell the sequences; they were taken in the order {listed}.",)
     elif missing:
         raise UserError(
             f"{len(found)} of 4 MRI sequences found ({', '.join(found) or 'none'}), missing: {', '.join(missing)}. "
             "Give four files named with t1c/t1ce/t1gd, t1/t1n, t2/t2w, flair/t2f, or one 4-D NIfTI"
         )
     else:
-        ordered = [found[sequence] for sequence in SEQUENCES]
+        ordered, order = [found[sequence] for sequence in SEQUENCES], SEQUENCES
     shapes = {path.name: _ras_shape(path) for path in ordered}
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise UserError(f"the MRI sequences have different shapes: {listed}; register and resample them to one grid")
-    return Study("MRI", tuple(ordered), "user" if modality else "sequences", notes)
+    return Study("MRI", tuple(ordered), "user" if modality else "sequences", notes, order)
 
 
 def _ras_shape(path: Path) -> tuple[int, ...]:
@@ -164,12 +196,12 @@ def _ras_shape(path: Path) -> tuple[int, ...]:
     return slices.to_ras(volume.array, volume.affine).shape
 
 
-def _open_volume(path: Path, modality: str | None) -> Study:
+def _open_volume(path: Path, modality: str | None, order: tuple[str, ...]) -> Study:
     if modality == "CXR":
         raise UserError(f"{path.name} is a volume, a CXR is 2-D; give a PNG, JPEG or DICOM file")
     array = load_volume(path).array
     if array.ndim == 4:
-        return _open_four_d(path, array.shape, modality)
+        return _open_four_d(path, array.shape, modality, order)
     if modality:
         return Study(modality, (path,), "user")
     tagged = _dicom_modality(dicom_files(path)[0]) if path.is_dir() else None
@@ -178,13 +210,13 @@ def _open_volume(path: Path, modality: str | None) -> Study:
     return _guess_volume(path, array)
 
 
-def _open_four_d(path: Path, shape: tuple[int, ...], modality: str | None) -> Study:
+def _open_four_d(path: Path, shape: tuple[int, ...], modality: str | None, order: tuple[str, ...]) -> Study:
     if modality not in (None, "MRI") or shape[3] != 4:
         raise UserError(
             f"{path.name} is 4-D {shape}; read are 3-D volumes, "
             "and 4-D ones with the 4 MRI sequences T1c, T1, T2, FLAIR"
         )
-    return Study("MRI", (path,), "user" if modality else "sequences")
+    return Study("MRI", (path,), "user" if modality else "sequences", sequence_order=order)
 
 
 def _dicom_modality(path: Path) -> str | None:
@@ -271,12 +303,17 @@ def render_images(
 
 
 def ras_channels(study: Study) -> list[np.ndarray]:
-    """Return the study's volumes, each ``(X, Y, Z)`` in RAS order; views of the cached arrays."""
+    """Return the study's volumes, each ``(X, Y, Z)`` in RAS order; views of the cached arrays.
+
+    Four MRI sequences come as T1c, T1, T2, FLAIR, however they are stored.
+    """
     channels = []
     for path in study.paths:
         volume = load_volume(path)
         ras = slices.to_ras(volume.array, volume.affine)
         channels.extend([ras] if ras.ndim == 3 else [ras[..., channel] for channel in range(ras.shape[3])])
+    if study.has_brain_sequences:
+        return [channels[study.sequence_order.index(sequence)] for sequence in SEQUENCES]
     return channels
 
 

@@ -13,7 +13,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy.stats import rankdata, skew
 
 from vila_m3_common.errors import UserError
-from vila_m3_common.study import SEQUENCES, match_sequences
+from vila_m3_common.study import SEQUENCES, check_sequence_order, match_sequences
 from vila_m3_common.volumes import Volume, check_file, load_volume
 
 # Grids are the same when no corner lies further apart than this part of a voxel; headers round.
@@ -119,18 +119,6 @@ def _by_position(paths: Sequence[Path], order: tuple[str, ...], named: Mapping[s
                 "name all four files by their sequences, or put them in that order"
             )
     return by_position
-
-
-def check_sequence_order(sequence_order: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the order as a tuple of all four sequences, the standard one for None.
-
-    Raises:
-        UserError: if a sequence is missing, twice, or unknown.
-    """
-    order = SEQUENCES if sequence_order is None else tuple(sequence_order)
-    if sorted(order) != sorted(SEQUENCES):
-        raise UserError(f"sequence_order {list(order)} is not usable; give each of {', '.join(SEQUENCES)} once")
-    return order
 
 
 def align(volume: Volume, target: Volume) -> np.ndarray:

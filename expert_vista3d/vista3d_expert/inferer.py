@@ -22,6 +22,7 @@ from vila_m3_common.training import bfloat16
 from .labels import MARKED_OBJECT, has_class_prompt
 from .network import class_vectors, image_features
 from .points import PointPrompt, points_on_grid, segment_points
+from .slabs import features_in_slabs
 
 # Fewer windows than this are done before a progress bar is worth drawing.
 PROGRESS_FROM = 12
@@ -44,6 +45,8 @@ class PromptInferer(Inferer):
         sw_batch_size: windows per forward pass.
         amp: compute the windows in bfloat16.
         progress: show a progress bar when there are many windows.
+        slab_size: planes of a window that the network computes at a time on a CPU, see :mod:`.slabs`; None runs
+            it layer by layer, which is faster and keeps several feature maps of a window. GPUs always do.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class PromptInferer(Inferer):
         sw_batch_size: int = 1,
         amp: bool = False,
         progress: bool = False,
+        slab_size: int | None = None,
     ) -> None:
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap is {overlap}; it must be at least 0 and below 1")
@@ -63,6 +67,7 @@ class PromptInferer(Inferer):
         self.sw_batch_size = sw_batch_size
         self.amp = amp
         self.progress = progress
+        self.slab_size = slab_size
 
     @torch.no_grad()
     def __call__(
@@ -178,12 +183,17 @@ class PromptInferer(Inferer):
         """Return weighted logits, or features without ``vectors``, ``(B, M, roi, ., .)`` of windows stored likewise."""
         windows = windows.movedim(2, 2 + axis).contiguous()
         with bfloat16(windows.device, self.amp):
-            maps = image_features(network, windows).float()
+            maps = self._features(network, windows).float()
         if vectors is not None:
             maps = torch.stack([project(features, vectors) for features in maps])
         if self.mode != "constant":
             maps = maps * compute_importance_map(self.roi_size, mode=self.mode, device=maps.device)
         return maps.movedim(2 + axis, 2)
+
+    def _features(self, network: VISTA3D, windows: torch.Tensor) -> torch.Tensor:
+        if self.slab_size and windows.device.type == "cpu":
+            return features_in_slabs(network, windows, self.slab_size)
+        return image_features(network, windows)
 
     def _places(self, plane: Sequence[int], axis: int) -> Iterator[tuple[slice, slice]]:
         rois = [roi for place, roi in enumerate(self.roi_size) if place != axis]

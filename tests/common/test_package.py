@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vila_m3_common import __version__
 from vila_m3_common.errors import UserError
 from vila_m3_common.package import find_bundles, main, package_bundles
 
@@ -114,7 +115,7 @@ def test_a_member_that_does_not_exist_is_refused(checkout: Path, tmp_path: Path)
 def test_another_version_of_the_shared_package_is_refused(checkout: Path, tmp_path: Path) -> None:
     metadata = {"version": "0.2.0", "vila_m3_common_version": "9.9"}
     write(checkout / "vlm/configs/metadata.json", json.dumps(metadata))
-    with pytest.raises(UserError, match=r"vlm needs vila_m3_common 9.9, but this is 0.1.0"):
+    with pytest.raises(UserError, match=rf"vlm needs vila_m3_common 9.9, but this is {__version__}"):
         package_bundles(checkout, tmp_path / "dist", ["vlm"])
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from vila_m3_common import phantoms
 from vila_m3_common.errors import UserError
-from vila_m3_common.study import open_study, render_images
+from vila_m3_common.study import SEQUENCES, open_study, ras_channels, render_images
+from vila_m3_common.volumes import load_volume
 
 
 def save_nifti(array: np.ndarray, path: Path) -> Path:
@@ -100,6 +101,45 @@ def test_a_four_channel_volume_is_a_brain_mri(tmp_path: Path) -> None:
     study = open_study(save_nifti(noise(4, 5, 6, 4), tmp_path / "brain.nii.gz"))
     assert study.has_brain_sequences
     assert len(render_images(study)[0]) == 4
+
+
+def test_the_pictures_of_a_four_d_file_follow_its_sequence_order(tmp_path: Path) -> None:
+    array = noise(4, 5, 6, 4)
+    standard = open_study(save_nifti(array, tmp_path / "standard.nii.gz"))
+    other = open_study(
+        save_nifti(array[..., [3, 1, 0, 2]], tmp_path / "other.nii.gz"), None, ["flair", "t1", "t1c", "t2"]
+    )
+    for one, same in zip(render_images(standard)[0], render_images(other)[0], strict=True):
+        np.testing.assert_array_equal(one, same)
+    as_stored = open_study(tmp_path / "other.nii.gz")
+    assert as_stored.fingerprint != other.fingerprint
+    assert not np.array_equal(render_images(as_stored)[0][0], render_images(other)[0][0])
+
+
+def test_unnamed_files_follow_the_sequence_order_and_named_ones_their_names(tmp_path: Path, mri_folder: Path) -> None:
+    order = ["flair", "t1", "t1c", "t2"]
+    paths = [save_nifti(noise(4, 5, 6), tmp_path / f"{name}.nii.gz") for name in "bdac"]
+    study = open_study(paths, sequence_order=order)
+    assert (list(study.paths), study.sequence_order) == (paths, tuple(order))
+    assert "taken in the order FLAIR, T1, T1c, T2" in study.notes[0]
+    t1c = ras_channels(study)[0]
+    np.testing.assert_array_equal(t1c, load_volume(paths[2]).array)
+    assert open_study(mri_folder, sequence_order=order).sequence_order == SEQUENCES
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (
+            ["flair", "t1", "t1c"],
+            r"sequence_order \['flair', 't1', 't1c'\] is not usable; give each of t1c, t1, t2, flair",
+        ),
+        (["flair", "t1", "t1c", "t2"], r"was given for an image without four MRI sequences; leave it out"),
+    ],
+)
+def test_a_sequence_order_that_means_nothing_is_refused(order: list[str], message: str, ct_file: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        open_study(ct_file, sequence_order=order)
 
 
 def several(folder: Path, *names: str, shapes: dict[str, tuple[int, ...]] | None = None) -> list[Path]:

@@ -33,6 +33,7 @@ def run(image: Any, output: Path, composite: dict[str, Any], **changes: Any) -> 
         "slice_index": None,
         "axis": 2,
         "t1c_only": False,
+        "sequence_order": None,
     }
     run_command(image=image, output_dir=str(output), composite=composite, **{**arguments, **changes})
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai.transforms import LoadImage
+from PIL import Image
 
 from vila_m3_common.slices import to_ras
 
@@ -95,3 +96,38 @@ def test_a_body_mri_runs_no_expert_and_says_why(
     assert "note: No expert was run: VISTA3D: it reads" in done.stdout
     assert "but the image is MRI" in done.stdout
     assert "--modality overrules" in done.stdout
+
+
+def test_a_four_d_mri_in_another_order_is_read_as_the_four_files_are(
+    shared: Path, tmp_path: Path, run_composite: Run, read_case: Read
+) -> None:
+    """The order of the Medical Segmentation Decathlon, on a real case; without it the expert refuses the file."""
+    folder = shared / "data/mri/brats_gli_00001"
+    files = [nib.load(folder / f"{name}.nii.gz") for name in ("t2f", "t1n", "t1c", "t2w")]
+    decathlon = tmp_path / "decathlon.nii.gz"
+    nib.save(nib.Nifti1Image(np.stack([np.asarray(file.dataobj) for file in files], -1), files[0].affine), decathlon)
+    order = ("--sequence_order", "['flair','t1','t1c','t2']")
+    records = {}
+    for name, arguments in {"files": (folder,), "ordered": (decathlon, *order), "as stored": (decathlon,)}.items():
+        output = tmp_path / name
+        image, *more = map(str, arguments)
+        question = ("--question", "Is there a brain tumor?", "--output_dir", str(output))
+        done = run_composite("--image", image, *question, *more)
+        assert done.returncode == 0, done.stderr
+        records[name] = read_case(output)
+    for read in (opening, labels):
+        expected = read(tmp_path / "files")
+        np.testing.assert_array_equal(read(tmp_path / "ordered"), expected)
+        assert expected.any()
+    assert records["ordered"]["answer"] == records["files"]["answer"]
+    assert "add --sequence_order \"['flair', 't1', 't1c', 't2']\"" in records["as stored"]["notes"][0]
+
+
+def opening(output: Path) -> np.ndarray:
+    """The four pictures of the first turn, ``(4, H, W, 3)``."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(output.glob("*/turn00_image*.png"))])
+
+
+def labels(output: Path) -> np.ndarray:
+    (path,) = output.glob("*/*_labels.nii.gz")
+    return np.asarray(nib.load(path).dataobj)

@@ -62,7 +62,7 @@ class VilaM3Config(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         _check_choice("vision feature selection", vision_feature_select, FEATURE_SELECTIONS)
-        _check_choice("image aspect ratio", image_aspect_ratio, ASPECT_RATIOS)
+        check_aspect_ratio(image_aspect_ratio)
         self.text_config = _text_config(text_config)
         self.vision_config = _vision_config(vision_config)
         self.projector_type = projector_type
@@ -100,6 +100,11 @@ class VilaM3Config(PretrainedConfig):
 def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:
     if given not in allowed:
         raise UserError(f"unknown {what} {given!r}; {near_match_hint(str(given), allowed)}valid: {', '.join(allowed)}")
+
+
+def check_aspect_ratio(given: str) -> None:
+    """Raise a UserError unless ``given`` is a way of making pictures square that exists."""
+    _check_choice("image aspect ratio", given, ASPECT_RATIOS)
 
 
 def _text_config(given: LlamaConfig | dict[str, Any] | None) -> LlamaConfig:

@@ -11,10 +11,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vila_m3_common.errors import UserError
 from vila_m3_common.pictures import Picture, to_rgb
 
-from .configuration import ASPECT_RATIOS, VilaM3Config
+from .configuration import VilaM3Config, check_aspect_ratio
 
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -55,8 +54,7 @@ class VilaM3ImageProcessor(BaseImageProcessor):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if image_aspect_ratio not in ASPECT_RATIOS:
-            raise UserError(f"unknown image aspect ratio {image_aspect_ratio!r}; valid: {', '.join(ASPECT_RATIOS)}")
+        check_aspect_ratio(image_aspect_ratio)
         self.size = size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)

@@ -75,6 +75,7 @@ def run_command(
     slice_index: int | None,
     axis: int,
     t1c_only: bool,
+    sequence_order: Sequence[str] | None,
     composite: Mapping[str, Any],
 ) -> None:
     """Ask questions about one study and write conversation, answer, overlays, label maps and report.
@@ -88,12 +89,13 @@ def run_command(
         slice_index: RAS index of the slice that the VLM sees; None takes the middle.
         axis: 0 sagittal, 1 coronal, 2 axial.
         t1c_only: show T1c in all four MRI places, as the reference did.
+        sequence_order: see :func:`vila_m3_common.study.open_study`; the brain expert is told of it by ``composite``.
         composite: keyword arguments of :class:`Composite`.
     """
     if not image:
         raise UserError("no image was given; add --image <file or folder>")
     questions = read_questions(question, question_file)
-    study = open_study(as_paths(image), modality)
+    study = open_study(as_paths(image), modality, sequence_order)
     check_study_slice(study, slice_index, axis)
     with Composite(**composite) as members, CaseFolder(output_dir, study) as folder:
         session = Session(study, folder.working, slice_index, axis, t1c_only)
