@@ -50,13 +50,19 @@ def test_a_window_that_the_encoder_cannot_halve_is_refused() -> None:
         features_in_slabs(nano_vista3d().eval(), torch.rand(1, 1, 20, 32, 32), 8)
 
 
-@pytest.mark.parametrize("amp", [False, True])
+def test_bfloat16_gives_the_features_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    network, window = randomised(nano_vista3d()), torch.rand(1, 1, 16, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, expected = features_in_slabs(network, window, 5), image_features(network, window)
+    assert (found - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
 @pytest.mark.parametrize("label_ids", [[1], [1, 3, 5, 6], list(range(3, 22))])
-def test_the_label_map_in_slabs_is_that_of_whole_windows(label_ids: list[int], amp: bool) -> None:
+def test_the_label_map_in_slabs_is_that_of_whole_windows(label_ids: list[int]) -> None:
     torch.manual_seed(0)
     network, volume = randomised(nano_vista3d()), torch.rand(1, 1, 44, 30, 32)
-    whole = PromptInferer((32, 32, 32), amp=amp)(volume, network, label_ids)
-    in_slabs = PromptInferer((32, 32, 32), amp=amp, slab_size=5)(volume, network, label_ids)
+    whole = PromptInferer((32, 32, 32))(volume, network, label_ids)
+    in_slabs = PromptInferer((32, 32, 32), slab_size=5)(volume, network, label_ids)
     assert len(whole.unique()) > 1
-    # bfloat16 rounds to three digits, and random logits lie close to each other
-    assert (in_slabs != whole).float().mean() < (0.1 if amp else 1e-3)
+    assert (in_slabs != whole).float().mean() < 1e-3  # random logits lie close to each other
