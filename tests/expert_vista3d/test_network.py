@@ -114,6 +114,7 @@ def test_the_whole_bundle_gives_the_recorded_label_map(
         "roi_size": [64, 64, 64],
         "overlap": 0.25,
         "min_tumor_ml": 0.0,
+        "slab_size": 8,
         "label_prompt": prompt,
     }
     expert = BundleExpert(bundle_root, overrides)
