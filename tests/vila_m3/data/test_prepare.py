@@ -2,14 +2,19 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from vila_m3.data.prepare import RowChecks, prepare
+from vila_m3.data.checks import RowChecks
+from vila_m3.data.prepare import prepare
 from vila_m3.data.record import parse_row
 from vila_m3.data.source import Item
 from vila_m3.data.sources.mimic_vqa import read_medical_diff_vqa
@@ -144,3 +149,65 @@ def test_run_killed_anywhere_gives_the_same_bytes(folder: Path, rows_per_shard: 
     convert(resumed)
     assert read_all(resumed) == read_all(whole)
     assert len(read_all(whole)) == (3 if rows_per_shard is None else 7)
+
+
+MIMIC = "mimic-cxr-2.0.0-"
+CONVERT = """
+import sys
+from vila_m3.data.checks import RowChecks
+from vila_m3.data.prepare import prepare
+from vila_m3.data.sources.mimic_cxr import read_mimic_reports
+
+if __name__ == "__main__":
+    source, output, workers = sys.argv[1:]
+    checks = RowChecks(source, checks_images=False)
+    prepare(read_mimic_reports(source, "train"), "m", "train", output, checks, save_every=50, workers=int(workers))
+"""
+
+
+def write_mimic(folder: Path, studies: int) -> None:
+    """A release in which some reports are missing and one id comes twice."""
+    rows = [(f"i{k if k < studies - 1 else 1}", 5000 + k, 10000000 + k // 2) for k in range(studies)]
+    split = "".join(f"{image},{study},{subject},train\n" for image, study, subject in rows)
+    (folder / f"{MIMIC}split.csv").write_text(f"dicom_id,study_id,subject_id,split\n{split}")
+    (folder / f"{MIMIC}metadata.csv").write_text("dicom_id,ViewPosition\n" + "".join(f"{r[0]},PA\n" for r in rows))
+    for number, (_, study, subject) in enumerate(rows):
+        path = folder / f"files/p10/p{subject}/s{study}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number % 11:
+            path.write_text(f"FINDINGS: Report {number}.")
+
+
+def read_outputs(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_workers_give_the_bytes_of_one_process_also_after_kill_9(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_mimic(source, 3000)
+    (tmp_path / "convert.py").write_text(CONVERT)
+
+    def start(output: str, workers: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "convert.py", str(source), output, str(workers)]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start("whole", 1).wait() == 0
+    progress = tmp_path / "killed/.m_train.progress.json"
+    process = start("killed", 2)
+    while not progress.is_file() and process.poll() is None:
+        time.sleep(0.001)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert progress.is_file()
+    assert psutil.wait_procs(workers, timeout=10)[1] == [], "workers must end with the process that was killed"
+    assert start("killed", 2).wait() == 0
+    assert read_outputs(tmp_path / "killed") == read_outputs(tmp_path / "whole")
+    summary = json.loads((tmp_path / "whole/m_train.summary.json").read_text())
+    assert (summary["written"], summary["rejected"]) == (2726, 274)
+    assert summary["rejected_rows"][-1] == {
+        "file": f"{MIMIC}split.csv",
+        "row": 3000,
+        "reason": "id i1 was already used",
+    }
