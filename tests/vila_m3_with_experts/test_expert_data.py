@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from vila_m3.data.checks import RowChecks
 from vila_m3.data.experts import DATA_SETS
@@ -17,10 +19,12 @@ from vila_m3.data.record import Message, Record, format_row, parse_row
 from vila_m3.data.sources.cxr_expert import read_with_predictions
 from vila_m3.data.validation import Validator, validate_file
 from vila_m3.questions import is_held_out
+from vila_m3_common import phantoms
+from vila_m3_common.anatomy import GROUPS, NAMES, TUMORS
 from vila_m3_common.errors import UserError
 from vila_m3_common.expert import ExpertRequest, ExpertResult
 from vila_m3_common.hooks import BundleExpert
-from vila_m3_common.slices import window_ct
+from vila_m3_common.slices import take_slice, window_ct
 from vila_m3_composite import expert_data
 from vila_m3_composite.expert_data import Settings, make_expert_data
 from vila_m3_composite.expert_predictions import save_predictions
@@ -29,12 +33,14 @@ from vila_m3_composite.expert_studies import Segmentation, centre_slices, ras_vo
 ROOT = Path(__file__).parents[2]
 BUNDLE = str(ROOT / "bundles/vila_m3_with_experts")
 CARDS = (ROOT / "vila_m3_bundle/configs/model_cards.txt").read_text()
-NAMES = {"CT": "expert_vista3d", "MRI": "expert_brats", "CXR": "expert_cxr"}
+FOLDERS = {"CT": "expert_vista3d", "MRI": "expert_brats", "CXR": "expert_cxr"}
 
 
 def make(folder: Path, modality: str, cases: list[list[str]], **settings: Any) -> list[Record]:
     """Make conversations; every one must pass validation."""
-    make_expert_data({modality: cases}, str(folder), BUNDLE, [str(ROOT / NAMES[modality])], Settings(CARDS, **settings))
+    make_expert_data(
+        {modality: cases}, str(folder), BUNDLE, [str(ROOT / FOLDERS[modality])], Settings(CARDS, **settings)
+    )
     name = f"{DATA_SETS[modality]}_{settings.get('split', 'train')}"
     summary = validate_file(
         folder / f"{name}.jsonl", Validator(folder / DATA_SETS[modality], CARDS), folder / "validated"
@@ -60,28 +66,76 @@ def test_data_sets_have_the_names_of_the_mixture() -> None:
         assert mixture[name]["images"] == name
 
 
-def test_ct_is_asked_for_structures_tumours_and_a_segmentation(ct_file: Path, tmp_path: Path) -> None:
-    records = make(tmp_path, "CT", [[str(ct_file)]], arguments=["organs", "hepatic tumor"], slices=2)
-    assert set(kinds(records)) == {"describe", "segment", "tumor"}
+class TruthfulExpert:
+    """Gives the phantom's ground truth, as the CT expert gives its label map."""
+
+    def __init__(self, phantom: phantoms.VolumePhantom) -> None:
+        self.phantom = phantom
+        self.arguments: list[str] = []
+
+    def run(self, request: ExpertRequest) -> ExpertResult:
+        self.arguments.append(request.argument)
+        labels = np.where(np.isin(self.phantom.labels, GROUPS[request.argument]), self.phantom.labels, 0)
+        path = request.file("_labels.nii.gz")
+        nib.save(nib.Nifti1Image(labels.astype(np.uint8), self.phantom.affine), path)
+        rows = [{"name": NAMES[label], "label": int(label)} for label in np.unique(labels) if label]
+        return ExpertResult("", label_map_path=path, measurements=rows)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def truthful(ct_phantom: phantoms.VolumePhantom, monkeypatch: pytest.MonkeyPatch) -> TruthfulExpert:
+    expert = TruthfulExpert(ct_phantom)
+    monkeypatch.setattr(expert_data, "open_experts", lambda *_: {"VISTA3D": expert})
+    return expert
+
+
+def test_ct_is_asked_for_structures_tumours_and_a_segmentation(
+    truthful: TruthfulExpert, ct_file: Path, tmp_path: Path
+) -> None:
+    arguments = ["organs", "hepatic tumor", "lung tumor"]
+    records = make(tmp_path, "CT", [[str(ct_file)]], arguments=arguments, slices=2)
     asked = [record for record in records if record.metadata["question_type"] == "tumor"]
-    assert len(asked) == 2
+    assert len(asked) == 4
     assert asked[0].messages[1].text.endswith("<VISTA3D(hepatic tumor)>. ")
-    for record in asked:
-        answers = [message.text for message in record.messages[3:] if message.role == "assistant"]
-        assert answers[0] == "no" or answers[1].startswith("There are ")
-    assert any(record.messages[3].text == "yes" for record in asked)
+    assert [record.messages[3].text for record in asked] == ["yes", "yes", "no", "no"]
+    label = TUMORS["hepatic tumor"]
+    areas = (truthful.phantom.labels == label).sum(axis=(0, 1))
+    for record, index in zip(asked, spread_slices(areas, 2), strict=False):
+        count = ndimage.label(truthful.phantom.labels[:, :, index] == label, np.ones((3, 3)))[1]
+        assert record.messages[5].text == f"There are {count} hepatic tumor{'s' if count > 1 else ''}."
+    assert kinds(records).count("segment") == 6
+    assert kinds(records).count("describe") == 2
+    assert truthful.arguments == arguments, "one run for each argument, not for each question"
     assert all(not is_held_out(record.messages[0].text.rsplit("\n", 1)[1]) for record in records)
 
 
-def test_a_slice_is_drawn_and_named_as_the_expert_does(ct_file: Path, tmp_path: Path) -> None:
+def test_every_argument_is_asked_with_and_what_is_not_there_is_filed(
+    truthful: TruthfulExpert, ct_file: Path, tmp_path: Path
+) -> None:
+    questions = {"CT": ["describe", "tumor"]}
+    records = make(tmp_path, "CT", [[str(ct_file)]], questions=questions, split="test")
+    assert set(truthful.arguments) == set(GROUPS)
+    assert kinds(records).count("tumor") == 4
+    reasons = [reason for _, reason in refused(tmp_path, "expert_vista3d_test")]
+    assert len(records) + len(reasons) == 10
+    assert all(reason.startswith("the expert found nothing of ") for reason in reasons)
+
+
+def test_a_slice_is_drawn_and_named_as_the_expert_does(tmp_path: Path) -> None:
+    phantom = phantoms.ct_phantom(seed=7001, shape=(40, 36, 32), spacing=3.0)
+    path = str(phantoms.save_volume(phantom.image, phantom.affine, tmp_path / "ct.nii.gz"))
     expert = BundleExpert(ROOT / "expert_vista3d")
     try:
-        found = segment(expert, [str(ct_file)], tmp_path, "organs")
+        found = segment(expert, [path], tmp_path, "organs")
         index = int(np.argmax((found.labels > 0).sum(axis=(0, 1))))
-        own: ExpertResult = expert.run(ExpertRequest((str(ct_file),), "organs", index, 2, "", str(tmp_path), "own"))
+        own = expert.run(ExpertRequest((path,), "organs", index, 2, "", str(tmp_path), "own"))
     finally:
         expert.close()
-    grey = np.asarray(expert_data.take_slice(window_ct(ras_volume(str(ct_file))), index))
+    grey = window_ct(take_slice(ras_volume(path), index))
+    assert found.labels.any()
     np.testing.assert_array_equal(found.overlay(grey, index), own.images[0])
     assert dict(found.legend(index)) == own.legend
 

@@ -19,7 +19,7 @@ from vila_m3.data.experts import DATA_SETS, brats, cxr, vista3d
 from vila_m3.data.experts.labels import read_label_table
 from vila_m3.data.experts.wording import describe_wordings, pick, segment_wordings, tumor_wordings, wordings
 from vila_m3.data.prepare import prepare
-from vila_m3.data.record import Message, Record
+from vila_m3.data.record import Message, Record, load_image
 from vila_m3.data.source import Item, Pending, Rejected, RowProblem, check_choice
 from vila_m3.questions import is_held_out, tables
 from vila_m3.resumable_files import write_atomically
@@ -30,7 +30,6 @@ from vila_m3_common.hooks import BundleExpert, close_experts, open_experts
 from vila_m3_common.members import find_member
 from vila_m3_common.prompts import BRATS_LABELS, ct_report
 from vila_m3_common.slices import scale_min_max, take_slice, window_ct
-from vila_m3_common.volumes import load_picture
 
 from .expert_studies import (
     Segmentation,
@@ -272,7 +271,7 @@ def cxr_rows(study: Study) -> Rows:
 def _ask_cxr(study: Study, kind: str, rng: random.Random) -> Record:
     settings = study.settings
     truth = _truth(study)
-    image = save_picture(load_picture(study.paths[0]), study.folder, f"{study.name}.png")
+    image = save_picture(load_image(Path(study.paths[0])), study.folder, f"{study.name}.png")
     if kind == "multilabel":
         question = settings.pick(wordings("multilabel"), rng)
         answer = cxr.multilabel_answer([finding for finding, is_present in truth.items() if is_present])

@@ -10,18 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import psutil
 import pytest
+from dicom_files import write_ct_series, write_dicom
 
 from vila_m3.data.checks import RowChecks
 from vila_m3.data.prepare import prepare
-from vila_m3.data.record import parse_row
-from vila_m3.data.source import Item
+from vila_m3.data.record import parse_row, to_conversation
+from vila_m3.data.source import Item, Located, Rejected
+from vila_m3.data.sources.mimic_cxr import read_annotated_reports, read_mimic_reports
 from vila_m3.data.sources.mimic_vqa import read_medical_diff_vqa
 from vila_m3.data.sources.slake import read_slake
 from vila_m3.data.sources.table import read_table
 from vila_m3.data.sources.usmle import read_usmle
+from vila_m3.data.validation import Validator
 from vila_m3_common.errors import UserError
+from vila_m3_common.study import open_study, render_images
 
 
 @pytest.fixture
@@ -211,3 +217,69 @@ def test_workers_give_the_bytes_of_one_process_also_after_kill_9(tmp_path: Path)
         "row": 3000,
         "reason": "id i1 was already used",
     }
+
+
+def test_dicom_and_nifti_of_the_users_own_are_shown_as_served(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_ct_series(folder / "series", count=8)
+    write_dicom(folder / "chest.dcm", np.arange(30).reshape(6, 5) * 20, modality="CR", orientation=None)
+    volume = np.random.default_rng(0).normal(0, 200, (12, 10, 8)).astype(np.float32) - 100
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), folder / "ct.nii.gz")
+    (folder / "cut.nii.gz").write_bytes((folder / "ct.nii.gz").read_bytes()[:100])
+    names = ["series", "chest.dcm", "ct.nii.gz", "cut.nii.gz", "gone.nii.gz"]
+    (folder / "questions.csv").write_text(
+        "image,question,answer\n" + "".join(f"{name},Q {name}?,a\n" for name in names)
+    )
+    summary = prepare(read_table(folder, "train"), "mine", "train", tmp_path / "out", RowChecks(folder))
+    assert [row["reason"] for row in summary["rejected_rows"]] == ["image gone.nii.gz is missing"]
+    lines = (tmp_path / "out/mine_train.jsonl").read_text().splitlines()
+    for line in lines[:3]:
+        record = parse_row(line)
+        [shown] = to_conversation(record, folder).turns[0].images
+        served = render_images(open_study(folder / record.images[0]))[0][0]
+        np.testing.assert_array_equal(shown, served)
+    kind, reason = Validator(folder, "").find_problem(lines[3])
+    assert (kind, "cut.nii.gz" in reason) == ("image", True)
+
+
+def test_broken_rows_of_side_tables_are_filed_with_their_numbers(tmp_path: Path) -> None:
+    write_mimic(tmp_path, 4)
+    with (tmp_path / f"{MIMIC}metadata.csv").open("a") as file:
+        file.write("i9,PA,extra\n")
+    (tmp_path / f"{MIMIC}chexpert.csv").write_text("subject_id,study_id,Edema,Fracture\n1\n10000000,5001,1.0,0\n")
+    with (tmp_path / f"{MIMIC}split.csv").open("a") as file:
+        file.write("unlisted,5001,10000000,train\n")
+    checks = RowChecks(tmp_path, checks_images=False)
+    summary = prepare(read_mimic_reports(tmp_path, "train"), "m", "train", tmp_path / "out", checks)
+    assert [(row["file"], row["row"], row["reason"]) for row in summary["rejected_rows"]] == [
+        (f"{MIMIC}metadata.csv", 5, "has 3 fields, the header has 2; the file may be cut off"),
+        (f"{MIMIC}chexpert.csv", 1, "has 1 fields, the header has 4; the file may be cut off"),
+        (f"{MIMIC}split.csv", 1, "report files/p10/p10000000/s5000.txt cannot be read (No such file or directory)"),
+        (f"{MIMIC}split.csv", 4, "id i1 was already used"),
+        (f"{MIMIC}split.csv", 5, "image unlisted has no row in the metadata file"),
+    ]
+    assert parse_row((tmp_path / "out/m_train.jsonl").read_text().splitlines()[0]).metadata["labels"] == ["Edema"]
+
+
+def test_broken_rows_of_the_image_table_are_filed(tmp_path: Path) -> None:
+    (tmp_path / "mimic_all.csv").write_text("subject_id,study_id,dicom_id\n10000001,1\n10000001,2,b\n")
+    (tmp_path / "mimic_pair_questions.csv").write_text(
+        "study_id,subject_id,ref_id,question_type,question,answer,split\n2,10000001,1,view,which view?,ap view,train\n"
+    )
+    items = list(read_medical_diff_vqa(tmp_path, "train"))
+    assert isinstance(items[0], Rejected)
+    assert (items[0].file, items[0].row) == ("mimic_all.csv", 1)
+    assert isinstance(items[1], Located)
+
+
+def test_an_annotation_of_another_form_is_filed_and_a_missing_split_named(tmp_path: Path) -> None:
+    (tmp_path / "mimic_annotation.json").write_text('{"train": [{"image_path": "a.jpg"}, 5]}')
+    reasons = [item.reason for item in read_annotated_reports(tmp_path) if isinstance(item, Rejected)]
+    assert reasons == ["has no image_path, a list of texts"] * 2
+    with pytest.raises(UserError, match="has no list 'test'"):
+        list(read_annotated_reports(tmp_path, "test"))
+
+
+def test_fields_beside_the_texts_that_are_not_utf_8_are_refused(folder: Path) -> None:
+    written, rejected = run_table(folder, b"image,question,answer,patient\na.png,q,a,\xff\n")
+    assert (written, rejected) == ([], [(1, "a field is not UTF-8")])

@@ -161,26 +161,43 @@ def find_image_problem(record: Record, root: str | Path, must_exist: bool = True
             if not must_exist and _PLAIN_NAME.fullmatch(name):
                 continue
             path = resolve_image(name, root)
-            if must_exist and not path.is_file():
+            if must_exist and not _is_there(path):
                 return f"image {name} is missing"
             if decodes:
-                _load_picture(path)
+                load_image(path)
         except (UserError, OSError, ValueError) as error:
             reason = str(error) if isinstance(error, UserError) else f"image {name} cannot be read: {error}"
             return reason.encode("utf-8", "replace").decode()
     return ""
 
 
-def _load_picture(path: Path) -> np.ndarray:
+def _is_there(path: Path) -> bool:
+    """Whether a path is a file, or a folder with files: a DICOM series."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def load_image(path: Path) -> np.ndarray:
+    """Read what a row may show as ``(H, W, 3)`` uint8, rendered as a served study is.
+
+    Pictures are read as they are; of a volume (NIfTI, a DICOM series) the middle axial slice is shown, CT in its soft
+    tissue window, MRI from its least to its largest value.
+
+    Raises:
+        UserError: if the file is no image, or shows several.
+    """
     # The readers take seconds and 300 MB to import; most of data preparation reads no image.
-    from vila_m3_common.volumes import load_picture
+    from vila_m3_common.study import open_study, render_images
+    from vila_m3_common.volumes import RADIOGRAPH_SUFFIXES, has_suffix, load_picture
 
-    return load_picture(path)
+    if has_suffix(path, RADIOGRAPH_SUFFIXES):
+        return load_picture(path)
+    images, _ = render_images(open_study(path))
+    if len(images) != 1:
+        raise UserError(f"{path.name} shows {len(images)} images; give one sequence per placeholder")
+    return images[0]
 
 
-def to_conversation(
-    record: Record, root: str | Path, load: Callable[[Path], np.ndarray] = _load_picture
-) -> Conversation:
+def to_conversation(record: Record, root: str | Path, load: Callable[[Path], np.ndarray] = load_image) -> Conversation:
     """Return the record as the conversation that training, serving and evaluation render.
 
     Args:

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.trigger import parse_triggers
-from vila_m3_common.volumes import load_picture
 
-from .record import Record, find_count_problem, find_image_problem, parse_row, resolve_image
+from .record import Record, find_count_problem, find_image_problem, load_image, parse_row, resolve_image
 
 # Bits that may differ between the 64-bit hashes of near-duplicates.
 HASH_DISTANCE = 4
@@ -248,7 +247,7 @@ def _add_image(found: _Fingerprints, name: str, image_root: Path) -> None:
     try:
         path = resolve_image(name, image_root)
         found.contents[hashlib.sha256(path.read_bytes()).digest()] = name
-        found.looks[name] = difference_hash(Image.fromarray(load_picture(path)))
+        found.looks[name] = difference_hash(Image.fromarray(load_image(path)))
     except (UserError, OSError, ValueError):
         return
 

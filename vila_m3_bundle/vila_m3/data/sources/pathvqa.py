@@ -131,6 +131,21 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
+def read_plain_pickle(file: Path) -> Any:
+    """Read a pickle of lists, dictionaries, texts and numbers.
+
+    Raises:
+        UserError: if it holds anything else, or is cut off.
+    """
+    try:
+        with file.open("rb") as stream:
+            return _PlainUnpickler(stream).load()
+    except UserError:
+        raise
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); it may be cut off") from error
+
+
 def read_pathvqa_pickle(source: str | Path, split: str) -> Iterator[Item]:
     """Yield the rows of the original release (``qas/test_vqa.pkl``); ids are the question ids that graders need.
 
@@ -147,13 +162,9 @@ def read_pathvqa_pickle(source: str | Path, split: str) -> Iterator[Item]:
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise UserError(f"{folder} has no qas/{name}_vqa.pkl; give the folder of the original release")
-    try:
-        with file.open("rb") as stream:
-            rows = _PlainUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} cannot be read ({error}); it may be cut off") from error
+    rows = read_plain_pickle(file)
+    if not isinstance(rows, list):
+        raise UserError(f"{file} holds a {type(rows).__name__}; a list of rows is needed")
     for number, row in enumerate(rows, start=1):
         try:
             yield Located(number, _convert_pickled(row, name, split), file.name)
