@@ -3,13 +3,16 @@
 Run: ``python tests/benchmarks/prepare_data.py [studies] [workers] [folder]``. The images are neither made nor looked
 for; the report texts are one file a study, as in the release, and lie in the page cache since they were just written.
 The release is converted whole, then again with ``kill -9`` at a random point and a resume. Printed are the seconds of
-the whole process from start to exit and of :func:`vila_m3.data.prepare.prepare` alone, and the largest sum of the
-resident memory of the process and its workers, looked at ten times a second (shared pages count for each).
+the whole process from start to exit and of :func:`vila_m3.data.prepare.prepare` alone; the processor time of a row in the
+process and its workers, which other load on the machine changes little; the load; and the largest sum of the resident
+memory of the process and its workers, looked at ten times a second (shared pages count for each).
 """
 
 import hashlib
 import json
+import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -134,7 +137,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=sys.argv[3] if len(sys.argv) > 3 else None) as name:
         folder = Path(name)
         make_release(folder, studies)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds, prepare_seconds, memory = run(folder, folder / "whole", workers)
+        used, load = resource.getrusage(resource.RUSAGE_CHILDREN), os.getloadavg()[0]
+        processor_seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
         killed_after = random.uniform(0.4, 0.9) * seconds
         run(folder, folder / "resumed", workers, killed_after)
         run(folder, folder / "resumed", workers)
@@ -146,6 +152,8 @@ def main() -> None:
             "seconds": round(seconds, 1),
             "rows_per_second": round(studies / seconds),
             "rows_per_second_of_prepare": round(studies / prepare_seconds),
+            "processor_microseconds_per_row": round(processor_seconds / studies * 1e6, 1),
+            "load": round(load, 1),
             "peak_mib": memory,
             "killed_after_seconds": round(killed_after, 1),
             "same_bytes_after_kill": hashes[0] == hashes[1],

@@ -28,7 +28,7 @@ from vila_m3_common.slices import take_slice, window_ct
 from vila_m3_composite import expert_data
 from vila_m3_composite.expert_data import Settings, make_expert_data
 from vila_m3_composite.expert_predictions import save_predictions
-from vila_m3_composite.expert_studies import Segmentation, centre_slices, ras_volume, segment, spread_slices
+from vila_m3_composite.expert_studies import Segmentation, centre_slices, ras_volume, run_expert, segment, spread_slices
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = str(ROOT / "bundles/vila_m3_with_experts")
@@ -174,6 +174,17 @@ def test_unreadable_studies_are_filed_and_stop_nothing(radiographs: list[list[st
     assert "cannot be read" in rows[0][1] or "bad.png" in rows[0][1]
 
 
+def test_an_expert_that_failed_reads_the_next_image(radiographs: list[list[str]], tmp_path: Path) -> None:
+    expert = BundleExpert(ROOT / "expert_cxr")
+    try:
+        first = run_expert(expert, radiographs[0], tmp_path, "").scores
+        with pytest.raises(UserError, match="bad.png cannot be read"):
+            run_expert(expert, radiographs[1], tmp_path, "")
+        assert run_expert(expert, radiographs[0], tmp_path, "").scores == first
+    finally:
+        expert.close()
+
+
 def test_a_label_table_is_the_truth_in_place_of_the_expert(radiographs: list[list[str]], tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("Image Index,Finding Labels\ngood.png,Hernia|Mass\nx.png,No Finding\nbroken\n")
@@ -300,17 +311,31 @@ def test_an_unknown_modality_and_a_missing_expert_are_refused(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_every_real_study_gives_valid_conversations(shared: Path, tmp_path: Path) -> None:
-    data = shared / "data"
-    cases = [[str(path)] for path in sorted((data / "cxr/nih_256").rglob("*.png"))]
-    table = {"file": str(data / "cxr/nih_256/labels.csv"), "image_column": "Image Index"}
-    labels = {**table, "findings_column": "Finding Labels"}
-    assert len(make(tmp_path / "cxr", "CXR", cases)) == 2 * len(cases)
+def test_every_real_radiograph_gives_valid_conversations(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data/cxr/nih_256"
+    cases = [[str(path)] for path in sorted(folder.rglob("*.png"))]
+    labels = {
+        "file": str(folder / "labels.csv"),
+        "image_column": "Image Index",
+        "findings_column": "Finding Labels",
+    }
+    assert len(make(tmp_path / "expert", "CXR", cases)) == 2 * len(cases)
     assert len(make(tmp_path / "labels", "CXR", cases, labels=labels)) == 2 * len(cases)
-    scans = [[str(data / f"ct/{name}")] for name in ("example_ct.nii.gz", "example_ct_dicom", "aorta_ct_1.5mm.nii.gz")]
-    records = make(tmp_path / "ct", "CT", scans, slices=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_every_real_ct_gives_valid_conversations(shared: Path, tmp_path: Path) -> None:
+    scans = ("example_ct.nii.gz", "example_ct_dicom", "aorta_ct_1.5mm.nii.gz")
+    records = make(tmp_path, "CT", [[str(shared / "data/ct" / name)] for name in scans])
     assert {record.metadata["question_type"] for record in records} == {"describe", "tumor", "segment"}
-    (tmp_path / "HGG").symlink_to(data / "mri/brats_gli_00001")
+    assert len(records) + len(refused(tmp_path, "expert_vista3d_train")) == 20 * len(scans)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_real_brain_mri_gives_valid_conversations(shared: Path, tmp_path: Path) -> None:
+    (tmp_path / "HGG").symlink_to(shared / "data/mri/brats_gli_00001")
     sequences = [str(tmp_path / f"HGG/{name}.nii.gz") for name in ("t1c", "t1n", "t2w", "t2f")]
-    assert sorted(set(kinds(make(tmp_path / "mri", "MRI", [sequences], slices=2)))) == ["describe", "grade", "segment"]
-    make(tmp_path / "rule", "MRI", [sequences], slices="reference", questions={"MRI": ["describe"]})
+    records = make(tmp_path / "out", "MRI", [sequences], slices=2)
+    assert kinds(records) == ["describe", "grade", "segment"] * 2

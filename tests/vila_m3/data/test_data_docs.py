@@ -81,7 +81,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "slake": ("test", {"test.json": [SLAKE], "imgs/x/a.jpg": None}),
     "vqa_rad": ("test", {"VQA_RAD_Dataset_Public.json": [RAD], "images/a.jpg": None}),
     "vqa_rad+vqa_rad_all": ("test", {"VQA_RAD_Dataset_Public.json": [RAD], "images/a.jpg": None}),
-    "pathvqa": ("test", {"test-00000-of-00001-ab.parquet": parquet}),
+    "pathvqa": ("test", {f"{part}-00000-of-00001-ab.parquet": parquet for part in ("train", "validation", "test")}),
     "pathvqa_pickle": ("test", {"qas/test_vqa.pkl": pickle.dumps([PICKLED]), "images/test/i.jpg": None}),
     "mimic_cxr_vqa": ("test", {"test.json": [VQA], f"{MIMIC}/d.jpg": None}),
     "medical_diff_vqa": ("test", medical_diff_vqa("test")),
@@ -206,7 +206,7 @@ def test_the_commands_of_the_page_lead_from_releases_to_a_mixture(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    for folder in ("vila_m3_bundle", "bundles"):
+    for folder in ("vila_m3_bundle", "bundles", "expert_vista3d", "expert_brats", "expert_cxr"):
         Path(folder).symlink_to(ROOT / folder)
     write_releases(Path("data"))
     commands = documented_commands()

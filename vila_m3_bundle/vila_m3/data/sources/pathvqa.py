@@ -34,7 +34,8 @@ def read_pathvqa(
     """Yield the rows of the parquet shards and write their images, as JPEG, below ``images``.
 
     Args:
-        source: folder of the shards, ``train-00000-of-00007-....parquet`` and so on.
+        source: folder of the shards, ``train-00000-of-00007-....parquet`` and so on; those of the parts before
+            ``split`` must be there too, since coins are thrown for their rows first.
         split: train, validate, test or train_validate.
         images: folder for ``train/``, ``val/`` and ``test/``; a name that comes again is overwritten, as recorded.
         ids: ``file_name`` are the recorded ids, equal for all questions of an image; ``unique`` appends a number
@@ -49,9 +50,10 @@ def read_pathvqa(
     check_choice(ids, IDS, "form of ids")
     coin = random.Random(seed)
     counts: dict[str, int] = {}
-    for part in ("train", "validation", "test"):
+    parts = ("train", "validation", "test")
+    for part in parts[: parts.index(wanted[-1]) + 1]:
         if part not in wanted:
-            for _ in range(_count_rows(folder, part) if part != "test" else 0):
+            for _ in range(_count_rows(folder, part)):
                 coin.choice((0, 1))
             continue
         for file in _find_shards(folder, part):
