@@ -3,9 +3,9 @@
 Run: ``python tests/benchmarks/prepare_data.py [studies] [workers] [folder]``. The images are neither made nor looked
 for; the report texts are one file a study, as in the release, and lie in the page cache since they were just written.
 The release is converted whole, then again with ``kill -9`` at a random point and a resume. Printed are the seconds of
-the whole process from start to exit and of :func:`vila_m3.data.prepare.prepare` alone; the processor time of a row in the
-process and its workers, which other load on the machine changes little; the load; and the largest sum of the resident
-memory of the process and its workers, looked at ten times a second (shared pages count for each).
+the whole process from start to exit and of :func:`vila_m3.data.prepare.prepare` alone; the processor time of a row in
+the process and its workers; the load of the machine; and the largest sum of the resident memory of the process and its
+workers, looked at ten times a second (shared pages count for each).
 """
 
 import hashlib

@@ -60,6 +60,18 @@ def run_table(folder: Path, data: bytes, **checks: Any) -> tuple[list[str], list
         (b"a.png,q," + b"x" * 10_000_000, "field larger than field limit"),
         (b'a.png,q,"x', "not CSV"),
     ],
+    ids=[
+        "path traversal",
+        "absolute path",
+        "missing image",
+        "not UTF-8",
+        "HTML entity",
+        "truncated row",
+        "empty answer",
+        "placeholder in a text",
+        "10-million-character answer",
+        "truncated in a quotation",
+    ],
 )
 def test_bad_row_is_refused_with_its_number(folder: Path, row: bytes, reason: str) -> None:
     is_last = b'"' in row
