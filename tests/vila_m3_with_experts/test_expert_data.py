@@ -144,15 +144,14 @@ def test_mri_is_graded_where_the_path_tells(mri_folder: Path, tmp_path: Path) ->
     names = ("t1c", "t1n", "t2w", "t2f")
     (tmp_path / "HGG").symlink_to(mri_folder)
     told, untold = ([str(folder / f"{name}.nii.gz") for name in names] for folder in (tmp_path / "HGG", mri_folder))
-    records = make(tmp_path / "out", "MRI", [told, untold])
+    records = make(tmp_path / "out", "MRI", [told, untold], contrast_only=True)
     assert kinds(records) == ["describe", "grade", "segment", "describe", "segment"]
     assert records[1].messages[-1].text == "The scan indicates high grade glioma."
     assert refused(tmp_path / "out", "expert_brats_train") == [
         (2, "the path names neither LGG nor HGG; keep the folders of the BraTS release")
     ]
-    images = make(tmp_path / "same", "MRI", [told], contrast_only=True)[0].images
-    assert len(images) == 4
-    assert len(set(images)) == 1
+    assert [len(record.images) for record in records] == [4, 5, 5, 4, 5]
+    assert {len(set(record.images[:4])) for record in records} == {1}, "T1c stands in all four places"
 
 
 @pytest.fixture
