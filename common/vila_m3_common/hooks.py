@@ -96,7 +96,13 @@ class BundleExpert:
         with quiet():
             workflow.dataset.data[0] = {**hooks.expert_request(request), "request": request.to_json()}
             self._is_loaded = True
-            workflow.run()
+            try:
+                workflow.run()
+            except (Exception, SystemExit):
+                # Ignite would take the next run for the end of this one and do nothing.
+                self._is_loaded = False
+                workflow.initialize()
+                raise
         return hooks.expert_feedback(_last_output(workflow))
 
     def _hooks(self) -> Any:

@@ -2,107 +2,344 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
-from vila_m3.data.experts import brats, cxr, vista3d
-from vila_m3.data.experts.wording import pick, segment_wordings, wordings
-from vila_m3.data.record import Message, Record, format_row
+from vila_m3.data.checks import RowChecks
+from vila_m3.data.experts import DATA_SETS, brats, cxr, vista3d
+from vila_m3.data.experts.labels import read_label_table
+from vila_m3.data.experts.wording import describe_wordings, pick, segment_wordings, tumor_wordings, wordings
+from vila_m3.data.prepare import prepare
+from vila_m3.data.record import Message, Record, load_image
+from vila_m3.data.source import Item, Pending, Rejected, RowProblem, check_choice
 from vila_m3.questions import is_held_out, tables
+from vila_m3.resumable_files import write_atomically
+from vila_m3_common.anatomy import TUMORS
 from vila_m3_common.conversation import IMAGE_TOKEN
 from vila_m3_common.errors import UserError, exits_with_message
-from vila_m3_common.expert import ExpertRequest, ExpertResult
 from vila_m3_common.hooks import BundleExpert, close_experts, open_experts
 from vila_m3_common.members import find_member
-from vila_m3_common.slices import scale_min_max, take_slice, to_ras, window_ct
-from vila_m3_common.volumes import load_picture
+from vila_m3_common.prompts import BRATS_LABELS, ct_report
+from vila_m3_common.slices import scale_min_max, take_slice, window_ct
 
-MODALITIES = ("CT", "MRI", "CXR")
+from .expert_studies import (
+    Segmentation,
+    centre_slices,
+    ras_volume,
+    run_expert,
+    save_picture,
+    segment,
+    spread_slices,
+    study_digest,
+)
+
+EXPERTS = {"CT": "VISTA3D", "MRI": "BRATS", "CXR": "CXR"}
+QUESTIONS = {
+    "CT": ("describe", "tumor", "segment"),
+    "MRI": ("describe", "grade", "segment"),
+    "CXR": ("multilabel", "binary"),
+}
+REFERENCE_SLICES = "reference"
+# Folder of what an unfinished run has chosen.
+SLICES = ".slices"
 
 
-def _run(expert: BundleExpert, paths: Sequence[str], work: Path, argument: str, index: int | None) -> ExpertResult:
-    result = expert.run(ExpertRequest(tuple(paths), argument, index, 2, "", str(work), "case"))
-    if result.is_error:
-        raise UserError(f"the expert failed: {result.text}")
-    return result
+@dataclass
+class Settings:
+    """What is asked, and how.
+
+    Args:
+        cards: text of the model cards.
+        questions: modality -> kinds of questions, see ``QUESTIONS``.
+        arguments: VISTA3D's arguments that are asked with; None takes all of the card.
+        slices: slices of each volume: a number spreads them over the volume (over the tumour where there is one), and
+            ``reference`` takes those of the original: through the centre of every part larger than 1 mL on CT, with
+            all three labels on MRI.
+        labels: ``{"file": CSV, "image_column": ..., "findings_column": ...}``, see :func:`read_label_table`; its
+            labels are then the truth about radiographs, in place of the expert's predictions.
+        contrast_only: show T1c in the places of all four sequences, as the original's export does.
+        seed: of the choice of questions.
+        split: names the output; any but ``train`` asks in wordings that training never sees.
+    """
+
+    cards: str
+    questions: Mapping[str, Sequence[str]] = field(default_factory=lambda: QUESTIONS)
+    arguments: Sequence[str] | None = None
+    slices: int | str = 1
+    labels: Mapping[str, Any] | None = None
+    contrast_only: bool = False
+    seed: int = 0
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.slices != REFERENCE_SLICES and (not isinstance(self.slices, int) or self.slices < 1):
+            raise UserError(f"slices {self.slices!r} is neither a number from 1 on nor {REFERENCE_SLICES!r}")
+        for modality, kinds in self.questions.items():
+            check_choice(modality, list(QUESTIONS), "modality")
+            for kind in kinds:
+                check_choice(kind, QUESTIONS[modality], f"kind of question about {modality}")
+        valid = list(tables()["ct_segment"]["objects"])
+        self.arguments = [check_choice(name, valid, "argument of VISTA3D") for name in self.arguments or valid]
+
+    def pick(self, candidates: Sequence[str], rng: random.Random) -> str:
+        """Choose a wording of this split's side."""
+        return pick(candidates, rng, self.split != "train")
+
+    @cached_property
+    def truths(self) -> tuple[dict[str, dict[str, bool]], list[tuple[int, str]]] | None:
+        """The labels of radiographs and the broken rows of their table; None without a table."""
+        return read_label_table(**self.labels) if self.labels else None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run must share with the one that it continues."""
+        kept = {name: value for name, value in vars(self).items() if name not in ("cards", "truths")}
+        return {**kept, "cards": hashlib.sha256(self.cards.encode()).hexdigest()}
 
 
-def _save(picture: np.ndarray, folder: Path, name: str) -> str:
-    Image.fromarray(np.ascontiguousarray(picture)).save(folder / name)
-    return name
+@dataclass
+class Study:
+    """A study on its way through an expert; keeps the last segmentation.
+
+    Args:
+        name: such as ``ct_00003``.
+        number: from 1.
+        paths: files of the study.
+        expert: reads it.
+        folder: of the pictures.
+        work: of the expert's own files.
+        settings: see there.
+    """
+
+    name: str
+    number: int
+    paths: Sequence[str]
+    expert: BundleExpert
+    folder: Path
+    work: Path
+    settings: Settings
+    _last: tuple[str, Segmentation] | None = None
+
+    def segmentation(self, argument: str) -> Segmentation:
+        """Return what the expert finds for an argument; run once as long as no other is asked for in between."""
+        if self._last is None or self._last[0] != argument:
+            self._last = None  # not two label maps in memory
+            self._last = (argument, segment(self.expert, self.paths, self.work, argument))
+        return self._last[1]
+
+    @cached_property
+    def volumes(self) -> list[np.ndarray]:
+        """The study's volumes in RAS order."""
+        return [ras_volume(path) for path in self.paths]
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """Finding -> probability."""
+        return run_expert(self.expert, self.paths, self.work, "").scores
+
+    def slices(self, argument: str, wanted: Sequence[int], needs_all: bool) -> list[int]:
+        """Return the slices to export; kept in a file, so that a resumed run need not ask the expert again.
+
+        Args:
+            argument: of the expert.
+            wanted: labels that decide which slices are best; none for any.
+            needs_all: whether the reference's rule is that all of them are present.
+
+        Raises:
+            UserError: if the study cannot be read or the expert fails, now or when the file was written.
+        """
+        slices = self.settings.slices
+        key = f"{study_digest(self.paths)}_{slices}_{argument.replace(' ', '_') or 'none'}.json"
+        path = self.folder / SLICES / key
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            try:
+                chosen: dict[str, Any] = {"slices": self._choose_slices(argument, wanted, needs_all)}
+            except (UserError, OSError) as error:
+                chosen = {"problem": str(error)}
+            write_atomically(path, json.dumps(chosen))
+        kept = json.loads(path.read_text())
+        if "problem" in kept:
+            raise UserError(kept["problem"])
+        return list(kept["slices"])
+
+    def _choose_slices(self, argument: str, wanted: Sequence[int], needs_all: bool) -> list[int]:
+        found = self.segmentation(argument)
+        areas = np.stack([(found.labels == label).sum(axis=(0, 1)) for label in wanted or (0,)])
+        if self.settings.slices != REFERENCE_SLICES:
+            return spread_slices(areas.sum(axis=0) * bool(wanted), int(self.settings.slices))
+        return np.flatnonzero(areas.all(axis=0)).tolist() if needs_all else centre_slices(found)
 
 
-def _ras(path: str) -> np.ndarray:
-    image = nib.Nifti1Image.from_filename(path)
-    return np.asarray(to_ras(image.get_fdata(dtype=np.float32), np.asarray(image.affine)))
+Rows = Iterator[tuple[str, Callable[[random.Random], Record]]]
 
 
-def ct_records(
-    name: str, paths: Sequence[str], expert: BundleExpert, cards: str, folder: Path, rng: random.Random, held_out: bool
-) -> Iterator[Record]:
-    """Ask for everything in the middle slice of a CT, and for a segmentation of it."""
-    volume = _ras(paths[0])
-    index = volume.shape[2] // 2
-    image = _save(window_ct(take_slice(volume, index)), folder, f"{name}_img.png")
-    result = _run(expert, paths, folder / "work", "everything", index)
-    label = _save(result.images[0], folder, f"{name}_label.png") if result.images else ""
-    if label:
-        legend, question = list(result.legend.items()), pick(wordings("describe"), rng, held_out)
-        yield vista3d.describe_record(f"{name}_what", image, label, question, "everything", legend, cards)
-    requests = [row for row in segment_wordings("everything") if is_held_out(row[0]) == held_out]
+def ct_rows(study: Study) -> Rows:
+    """Ask, with every argument, for the content of slices, for tumours and how many, and for a segmentation."""
+    settings = study.settings
+    for argument in settings.arguments or ():
+        tumor = [TUMORS[argument]] if argument in TUMORS else []
+        kind = "tumor" if tumor else "describe"
+        for index in study.slices(argument, tumor, needs_all=False):
+            place = f"{argument.replace(' ', '_')}_{index:04d}"
+            if kind in settings.questions["CT"]:
+                maker = _ask_tumor if tumor else _ask_structures
+                yield f"{place}_{kind}", partial(maker, study, index, argument)
+            if "segment" in settings.questions["CT"]:
+                yield f"{place}_segment", partial(_request_structures, study, index, argument)
+
+
+def _ct_picture(study: Study, index: int) -> tuple[np.ndarray, str]:
+    grey = window_ct(take_slice(study.volumes[0], index))
+    return grey, save_picture(grey, study.folder, f"{study.name}_{index:04d}_img.png")
+
+
+def _ct_overlay(study: Study, index: int, argument: str, grey: np.ndarray) -> tuple[list[tuple[str, str]], str]:
+    found = study.segmentation(argument)
+    name = f"{study.name}_{index:04d}_{argument.replace(' ', '_')}_label.png"
+    return found.legend(index), save_picture(found.overlay(grey, index), study.folder, name)
+
+
+def _ask_structures(study: Study, index: int, argument: str, rng: random.Random) -> Record:
+    grey, image = _ct_picture(study, index)
+    legend, label = _ct_overlay(study, index, argument, grey)
+    if not legend:
+        raise RowProblem(f"the expert found nothing of {argument} in slice {index}")
+    question = study.settings.pick(describe_wordings(argument), rng)
+    return vista3d.describe_record("", image, label, question, argument, legend, study.settings.cards)
+
+
+def _ask_tumor(study: Study, index: int, argument: str, rng: random.Random) -> Record:
+    grey, image = _ct_picture(study, index)
+    legend, label = _ct_overlay(study, index, argument, grey)
+    count = study.segmentation(argument).count_parts(index, TUMORS[argument])
+    question = study.settings.pick(tumor_wordings(argument), rng)
+    count_question = study.settings.pick(wordings("count"), rng)
+    counts = {argument: count} if count else {}
+    cards = study.settings.cards
+    return vista3d.tumor_record("", image, label, question, argument, legend, counts, count_question, cards)
+
+
+def _request_structures(study: Study, index: int, argument: str, rng: random.Random) -> Record:
+    image = _ct_picture(study, index)[1]
+    is_held_out_split = study.settings.split != "train"
+    requests = [row for row in segment_wordings(argument) if is_held_out(row[0]) == is_held_out_split]
     question, past, what = rng.choice(requests)
-    report = f"I {past} {what} using <VISTA3D(everything)>."
-    yield vista3d.segment_record(f"{name}_segment", image, question, report, cards)
+    return vista3d.segment_record("", image, question, ct_report(past, what, argument), study.settings.cards)
 
 
-def mri_records(
-    name: str, paths: Sequence[str], expert: BundleExpert, cards: str, folder: Path, rng: random.Random, held_out: bool
-) -> Iterator[Record]:
-    """Ask what four sequences (T1c, T1, T2, FLAIR) are, and for a segmentation of the slice with most tumour."""
-    result = _run(expert, paths, folder / "work", "", None)
-    labels = _ras(str(result.label_map_path))
-    index = int(np.argmax((labels > 0).sum(axis=(0, 1)))) if labels.any() else labels.shape[2] // 2
-    volumes = [_ras(path) for path in paths]
-    greys = [scale_min_max(take_slice(volume, index), float(volume.min()), float(volume.max())) for volume in volumes]
-    images = [_save(grey, folder, f"{name}_{number}.png") for number, grey in enumerate(greys)]
-    yield brats.describe_record(f"{name}_what", images, "", pick(wordings("describe"), rng, held_out), cards)
-    shown = _run(expert, paths, folder / "work", "", index)
-    present = [int(label) for label in np.unique(take_slice(labels, index)) if label]
-    if shown.images and present:
-        label_image = _save(shown.images[0], folder, f"{name}_label.png")
-        question = pick(wordings("brain_segment"), rng, held_out)
-        yield brats.segment_record(f"{name}_segment", images, label_image, question, cards, present)
+def mri_rows(study: Study) -> Rows:
+    """Ask what four sequences (T1c, T1, T2, FLAIR) are, for the glioma's grade, and for a segmentation."""
+    for index in study.slices("", BRATS_LABELS, needs_all=True):
+        for kind in study.settings.questions["MRI"]:
+            yield f"{index:04d}_{kind}", partial(_ask_mri, study, index, kind)
 
 
-def cxr_records(
-    name: str, paths: Sequence[str], expert: BundleExpert, cards: str, folder: Path, rng: random.Random, held_out: bool
-) -> Iterator[Record]:
-    """Ask for all findings of a radiograph, and for one; the answers are the expert's own."""
-    image = _save(load_picture(paths[0]), folder, f"{name}.png")
-    scores = _run(expert, paths, folder / "work", "", None).scores
-    positive = [finding for finding, score in scores.items() if score > 0.5]
-    asked = rng.choice(sorted(scores))
-    noun = tables()["cxr_findings"][asked][0]
-    pairs = {
-        "multilabel": (pick(wordings("multilabel"), rng, held_out), cxr.multilabel_answer(positive)),
-        "binary": (pick(wordings("binary", [noun]), rng, held_out), "yes" if asked in positive else "no"),
-    }
-    for kind, (question, answer) in pairs.items():
-        messages = (Message("user", f"{question}\n{IMAGE_TOKEN}"), Message("assistant", answer))
-        metadata = {"expert": "CXR", "question_type": kind}
-        yield cxr.add_expert(Record(f"{name}_{kind}", messages, (image,), metadata), scores, cards)
+def _ask_mri(study: Study, index: int, kind: str, rng: random.Random) -> Record:
+    settings, found = study.settings, study.segmentation("")
+    greys = [scale_min_max(take_slice(v, index), float(v.min()), float(v.max())) for v in study.volumes]
+    names = [f"{study.name}_{index:04d}_{number}.png" for number in range(len(greys))]
+    saved = [save_picture(grey, study.folder, name) for grey, name in zip(greys, names, strict=True)]
+    images = brats.sequences(saved, settings.contrast_only)
+    if kind == "describe":
+        return brats.describe_record("", images, "", settings.pick(wordings("describe"), rng), settings.cards)
+    present = [label for label in found.present(index) if label in BRATS_LABELS]
+    if not present:
+        raise RowProblem(f"the expert found no tumour in slice {index}")
+    label = save_picture(found.overlay(greys[0], index), study.folder, f"{study.name}_{index:04d}_label.png")
+    if kind == "segment":
+        question = settings.pick(wordings("brain_segment"), rng)
+        return brats.segment_record("", images, label, question, settings.cards, present)
+    question, is_low = settings.pick(wordings("grade"), rng), brats.read_grade(study.paths[0])
+    return brats.grade_record("", images, label, question, is_low, settings.cards, present)
 
 
-MAKERS = {"CT": ("VISTA3D", ct_records), "MRI": ("BRATS", mri_records), "CXR": ("CXR", cxr_records)}
+def cxr_rows(study: Study) -> Rows:
+    """Ask for all findings of a radiograph, and whether it shows one of them."""
+    for kind in study.settings.questions["CXR"]:
+        yield kind, partial(_ask_cxr, study, kind)
+
+
+def _ask_cxr(study: Study, kind: str, rng: random.Random) -> Record:
+    settings = study.settings
+    truth = _truth(study)
+    image = save_picture(load_image(Path(study.paths[0])), study.folder, f"{study.name}.png")
+    if kind == "multilabel":
+        question = settings.pick(wordings("multilabel"), rng)
+        answer = cxr.multilabel_answer([finding for finding, is_present in truth.items() if is_present])
+    else:
+        asked = rng.choice(sorted(truth))
+        question = settings.pick(wordings("binary", [tables()["cxr_findings"][asked][0]]), rng)
+        answer = "yes" if truth[asked] else "no"
+    messages = (Message("user", f"{question}\n{IMAGE_TOKEN}"), Message("assistant", answer))
+    metadata = {"expert": "CXR", "question_type": kind, "truth": "labels" if settings.truths else "expert"}
+    return cxr.add_expert(Record("", messages, (image,), metadata), study.scores, settings.cards)
+
+
+def _truth(study: Study) -> dict[str, bool]:
+    """Return finding -> whether it is present: by the data set's labels where there are some, else by the expert."""
+    if study.settings.truths is None:
+        return {finding: score > 0.5 for finding, score in study.scores.items()}
+    truth = study.settings.truths[0].get(Path(study.paths[0]).name)
+    if not truth:
+        raise RowProblem("the image has no labels in the label table")
+    return truth
+
+
+MAKERS: dict[str, Callable[[Study], Rows]] = {"CT": ct_rows, "MRI": mri_rows, "CXR": cxr_rows}
+
+
+def read_studies(
+    modality: str, cases: Sequence[Sequence[str]], expert: BundleExpert, folder: Path, work: Path, settings: Settings
+) -> Iterator[Item]:
+    """Yield a row per question; one study that cannot be read is refused, the others stay.
+
+    Args:
+        modality: CT, MRI or CXR.
+        cases: files of each study.
+        expert: of the modality.
+        folder: of the pictures; exists.
+        work: of the expert's own files; exists.
+        settings: see there.
+    """
+    for number, reason in settings.truths[1] if modality == "CXR" and settings.truths else ():
+        yield Rejected(number, reason, "label table")
+    for number, paths in enumerate(cases, start=1):
+        name = f"{modality.lower()}_{number - 1:05d}"
+        study = Study(name, number, paths, expert, folder, work, settings)
+        try:
+            for place, make in MAKERS[modality](study):
+                yield Pending(number, _Row(study, f"{name}_{place}", make), name)
+        except (UserError, OSError) as error:
+            yield Rejected(number, str(error), name)
+
+
+@dataclass
+class _Row:
+    """One question to be asked of a study."""
+
+    study: Study
+    name: str
+    make: Callable[[random.Random], Record]
+
+    def __call__(self) -> Record:
+        rng = random.Random(f"{self.study.settings.seed}/{self.name}")
+        try:
+            record = self.make(rng)
+        except RowProblem:
+            raise
+        except (UserError, OSError) as error:
+            raise RowProblem(str(error)) from error
+        own = {"split": self.study.settings.split, "patient": study_digest(self.study.paths)}
+        return replace(record, id=self.name, metadata={**record.metadata, **own})
 
 
 @exits_with_message
@@ -111,61 +348,56 @@ def make_expert_data(
     output_dir: str,
     bundle_root: str,
     expert_bundles: Sequence[str],
-    cards: str,
-    seed: int = 0,
-    held_out: bool = False,
+    settings: Settings,
     expert_overrides: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run the experts on studies and write ``<output_dir>/<modality>.jsonl`` with the pictures beside it.
+    """Run the experts on studies and write ``<output_dir>/<data set>_<split>.jsonl`` and the pictures.
+
+    The data sets are named as ``mixture_m3.json`` expects them (``DATA_SETS``); pictures stand in a folder of that
+    name. Refused questions and studies stand in ``<data set>_<split>.rejected.jsonl`` under the study's number. A
+    killed run goes on with the next question.
 
     Args:
         studies: ``CT``, ``MRI`` or ``CXR`` -> studies, each the list of its files (MRI: T1c, T1, T2, FLAIR).
         output_dir: folder of the output.
         bundle_root: root of the composite.
         expert_bundles: names or paths of the expert bundles.
-        cards: text of the model cards.
-        seed: of the choice of questions.
-        held_out: whether to ask in wordings that training never sees.
+        settings: what is asked.
         expert_overrides: config items to override in every expert bundle.
 
     Raises:
-        UserError: for unknown modalities.
+        UserError: for unknown modalities, or experts that are not among the bundles.
     """
-    unknown = sorted(set(studies) - set(MODALITIES))
-    if unknown:
-        raise UserError(f"modality {', '.join(unknown)} is unknown; allowed: {', '.join(MODALITIES)}")
-    folder = Path(output_dir)
-    (folder / "work").mkdir(parents=True, exist_ok=True)
+    for modality in studies:
+        check_choice(modality, list(DATA_SETS), "modality")
     experts = open_experts([find_member(name, bundle_root) for name in expert_bundles], expert_overrides)
+    work = Path(output_dir) / f".expert_work_{settings.split}"
+    work.mkdir(parents=True, exist_ok=True)
     try:
         for modality, cases in studies.items():
-            _write_modality(modality, cases, experts, cards, folder, seed, held_out)
+            if not cases:
+                continue
+            if EXPERTS[modality] not in experts:
+                raise UserError(f"no bundle gives the expert {EXPERTS[modality]}; add one to expert_bundles")
+            _write_modality(modality, cases, experts[EXPERTS[modality]], Path(output_dir), work, settings)
     finally:
         close_experts(experts)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_modality(
     modality: str,
     cases: Sequence[Sequence[str]],
-    experts: Mapping[str, BundleExpert],
-    cards: str,
-    folder: Path,
-    seed: int,
-    held_out: bool,
+    expert: BundleExpert,
+    output: Path,
+    work: Path,
+    settings: Settings,
 ) -> None:
-    """One study that fails is told and left out; the others stay."""
-    expert_name, maker = MAKERS[modality]
-    path = folder / f"{modality.lower()}.jsonl"
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for number, paths in enumerate(tqdm(cases, desc=modality)):
-            rng = random.Random(f"{seed}/{number}")
-            name = f"{modality.lower()}_{number:05d}"
-            try:
-                records = list(maker(name, paths, experts[expert_name], cards, folder, rng, held_out))
-            except (UserError, OSError) as error:
-                tqdm.write(f"{name} is left out: {error}")
-                continue
-            file.writelines(f"{format_row(record)}\n" for record in records)
-    os.replace(partial, path)
+    folder = output / DATA_SETS[modality] / settings.split
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = [[paths] if isinstance(paths, str) else list(paths) for paths in cases]
+    options = {**settings.describe(), "studies": study_digest([study_digest(paths) for paths in cases])}
+    rows = read_studies(modality, cases, expert, folder, work, settings)
+    checks = RowChecks(folder.parent)
+    prepare(rows, DATA_SETS[modality], settings.split, output, checks, options=options, save_every=1)
+    shutil.rmtree(folder / SLICES, ignore_errors=True)

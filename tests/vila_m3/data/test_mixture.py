@@ -93,7 +93,17 @@ def test_a_mixture_repeats_and_names_its_data_sets(tmp_path: Path, data_sets: di
     assert items[-1].data_set == "b"
     assert items[-1].image_root == tmp_path / "b"
     assert items[0].conversation().turns[0].text == "Ü?"
-    assert Mixture(data_sets, tmp_path, "unbalanced").sample_lengths == [7, 8]
+
+
+def test_a_balanced_mixture_takes_the_repeats_and_an_unbalanced_one_shows_every_row_once(
+    tmp_path: Path, data_sets: dict[str, Any]
+) -> None:
+    assert Mixture(data_sets, tmp_path, "balanced").sample_lengths == [7, 7, 8]
+    unbalanced = Mixture(data_sets, tmp_path, "unbalanced")
+    assert unbalanced.sample_lengths == [7, 8]
+    names = [unbalanced[index].record.id for index in MixtureSampler(unbalanced.sample_lengths, 1)]
+    assert sorted(names) == sorted(set(names))
+    assert len(names) == 15
 
 
 def test_temperature_evens_shares_out(tmp_path: Path, data_sets: dict[str, Any]) -> None:

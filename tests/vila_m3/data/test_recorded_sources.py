@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vila_m3.data.checks import RowChecks
 from vila_m3.data.cleaning import clean_report
-from vila_m3.data.prepare import RowChecks, prepare
+from vila_m3.data.prepare import prepare
 from vila_m3.data.record import Record
 from vila_m3.data.source import Item, Located, Rejected
 from vila_m3.data.sources.mimic_cxr import read_annotated_reports

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vila_m3.data.prepare import RowChecks, prepare
+from vila_m3.data.checks import RowChecks
+from vila_m3.data.prepare import prepare
 from vila_m3.data.record import parse_row
 from vila_m3.data.source import Item, Located
 from vila_m3.data.sources.slake import read_slake

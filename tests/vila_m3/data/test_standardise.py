@@ -1,62 +1,14 @@
 """Sentence standardisation against a local server that answers like an OpenAI-compatible one."""
 
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from answering_server import Server
 
 from vila_m3.data.record import Message, Record, format_row, parse_row
 from vila_m3.data.standardise import Endpoint, find_rewrite_problem, standardise
 from vila_m3_common.errors import UserError
-
-ANSWERS = {
-    "Lungs clear.": "The lungs are clear.",
-    "Small bilateral pleural effusions.": "No pleural effusions.",
-    "Heart normal.": "The heart is normal in size.",
-}
-
-
-class Server:
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.failures: list[int] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if outer.failures:
-                    self.send_response(outer.failures.pop(0))
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                sentence = body["messages"][0]["content"].rsplit("Sentence: ", 1)[1]
-                outer.asked.append(sentence)
-                text = json.dumps({"choices": [{"message": {"content": ANSWERS[sentence]}}]}).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
 
 
 @pytest.fixture
@@ -69,9 +21,11 @@ def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     return source, tmp_path / "out.jsonl", pool
 
 
-def test_accepted_rewrites_replace_and_a_denied_finding_stays(server: Server, files: tuple[Path, Path, Path]) -> None:
+def test_accepted_rewrites_replace_and_a_denied_finding_stays(
+    answering_server: Server, files: tuple[Path, Path, Path]
+) -> None:
     source, output, pool = files
-    summary = standardise(source, output, pool, Endpoint(server.url, "m"))
+    summary = standardise(source, output, pool, Endpoint(answering_server.url, "m"))
     expected = "The lungs are clear. Small bilateral pleural effusions. The heart is normal in size."
     assert [parse_row(line).messages[1].text for line in output.read_text().splitlines()] == [expected] * 3
     assert summary == {"reports": 3, "asked": 3, "refused": 3}
@@ -80,33 +34,33 @@ def test_accepted_rewrites_replace_and_a_denied_finding_stays(server: Server, fi
 
 
 def test_nothing_is_asked_twice_after_a_kill_in_the_middle_of_a_line(
-    server: Server, files: tuple[Path, Path, Path]
+    answering_server: Server, files: tuple[Path, Path, Path]
 ) -> None:
     source, output, pool = files
-    standardise(source, output, pool, Endpoint(server.url, "m"))
+    standardise(source, output, pool, Endpoint(answering_server.url, "m"))
     whole, log = output.read_bytes(), Path(f"{output}.rewrites.jsonl")
     log.write_bytes(log.read_bytes()[:-20])
-    server.asked.clear()
-    standardise(source, output, pool, Endpoint(server.url, "m"))
-    assert server.asked == ["Heart normal."]
+    answering_server.asked.clear()
+    standardise(source, output, pool, Endpoint(answering_server.url, "m"))
+    assert answering_server.asked == ["Heart normal."]
     assert output.read_bytes() == whole
 
 
-def test_busy_server_is_asked_again_with_growing_waits(server: Server) -> None:
+def test_busy_server_is_asked_again_with_growing_waits(answering_server: Server) -> None:
     waits: list[float] = []
-    server.failures = [429, 503]
-    endpoint = Endpoint(server.url, "m", sleep=waits.append)
+    answering_server.failures = [429, 503]
+    endpoint = Endpoint(answering_server.url, "m", sleep=waits.append)
     assert endpoint.ask("Sentence: Lungs clear.") == "The lungs are clear."
     assert waits == [1.0, 2.0]
 
 
-def test_refusing_and_failing_servers_are_named(server: Server) -> None:
-    server.failures = [401]
+def test_refusing_and_failing_servers_are_named(answering_server: Server) -> None:
+    answering_server.failures = [401]
     with pytest.raises(UserError, match="refuses with status 401; check url, model and key"):
-        Endpoint(server.url, "m").ask("x")
-    server.failures = [500] * 5
+        Endpoint(answering_server.url, "m").ask("x")
+    answering_server.failures = [500] * 5
     with pytest.raises(UserError, match=r"failed 5 times \(status 500\); what is done is kept"):
-        Endpoint(server.url, "m", sleep=lambda _: None).ask("x")
+        Endpoint(answering_server.url, "m", sleep=lambda _: None).ask("x")
 
 
 @pytest.mark.parametrize(

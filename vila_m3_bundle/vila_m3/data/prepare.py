@@ -3,115 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from vila_m3_common.errors import UserError, exits_with_message, near_match_hint
+from vila_m3_common.errors import UserError, exits_with_message
 
 from ..resumable_files import write_atomically
-from .record import Message, Record, format_row, resolve_image
-from .source import Item, Located, Rejected
+from .checks import Line, RowChecks
+from .ordered_pool import CHUNK_ROWS, convert_in_order
+from .source import Item, Rejected
 
-# An HTML entity where a character should be: the text came out of a web page and was not decoded.
-_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9a-fA-F]{1,6}|[A-Za-z]{2,8});")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-# A name that certainly stays below its folder; any other goes through the full check.
-_PLAIN_NAME = re.compile(r"[\w-][\w. -]*(?:/[\w-][\w. -]*)*", re.ASCII)
-ENTITY_CHOICES = ("refuse", "decode", "keep")
+# How a line of :func:`.record.format_row` begins: its id.
+_ID = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*")')
+
 # Rejected rows that the summary repeats; all of them are in the file of rejected rows.
 _SHOWN_REJECTED = 1000
-
-
-@dataclass
-class RowChecks:
-    """What a record must fulfil to be written; keeps the ids seen so far.
-
-    Args:
-        image_root: folder of the images.
-        checks_images: whether every image must exist.
-        max_characters: longest text of one message.
-        allows_empty: whether a message may be empty (recorded reports with an empty text).
-        allows_repeated_ids: whether an id may come again (the recorded PathVQA ids are image names).
-        allows_count_faults: whether placeholders and images may differ in number (faults of recorded data).
-        entities: what happens to HTML entities: refuse, decode or keep.
-    """
-
-    image_root: str | Path
-    checks_images: bool = True
-    max_characters: int = 100_000
-    allows_empty: bool = False
-    allows_repeated_ids: bool = False
-    allows_count_faults: bool = False
-    entities: str = "refuse"
-    _seen: set[bytes] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        if self.entities not in ENTITY_CHOICES:
-            hint = near_match_hint(self.entities, ENTITY_CHOICES)
-            raise UserError(
-                f"unknown treatment of entities {self.entities!r}; {hint}valid: {', '.join(ENTITY_CHOICES)}"
-            )
-
-    def check(self, record: Record) -> Record | str:
-        """Return the record as it is to be written, or why it is refused."""
-        for message in record.messages:
-            problem = self._find_text_problem(message.text)
-            if problem:
-                return problem
-        if self.entities == "decode":
-            record = _decode_entities(record)
-        return self._find_image_problem(record) or self._find_id_problem(record.id) or record
-
-    def _find_text_problem(self, text: str) -> str:
-        if len(text) > self.max_characters:
-            return f"a text has {len(text)} characters; {self.max_characters} are allowed"
-        if not self.allows_empty and not text.strip():
-            return "a text is empty"
-        if not text.isascii() and _SURROGATE.search(text):
-            return "a text is not UTF-8"
-        if self.entities == "refuse" and "&" in text and (entity := _ENTITY.search(text)):
-            return f"a text holds the HTML entity {entity.group()}; set entities to decode, or to keep"
-        return ""
-
-    def _find_image_problem(self, record: Record) -> str:
-        if not self.allows_count_faults and record.placeholder_count != len(record.images):
-            return f"{record.placeholder_count} <image> placeholders for {len(record.images)} images"
-        for name in record.images:
-            try:
-                if self.checks_images:
-                    if not resolve_image(name, self.image_root).is_file():
-                        return f"image {name} is missing"
-                elif not _PLAIN_NAME.fullmatch(name):
-                    resolve_image(name, self.image_root)
-            except (UserError, OSError) as error:
-                return str(error).encode("utf-8", "replace").decode()
-        return ""
-
-    def _find_id_problem(self, name: str) -> str:
-        if self.allows_repeated_ids:
-            return ""
-        digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-        if digest in self._seen:
-            return f"id {name} was already used"
-        self._seen.add(digest)
-        return ""
-
-
-def _decode_entities(record: Record) -> Record:
-    messages = tuple(
-        Message(message.role, html.unescape(message.text), message.in_context) if "&" in message.text else message
-        for message in record.messages
-    )
-    return Record(record.id, messages, record.images, record.metadata)
 
 
 @dataclass
@@ -169,10 +84,19 @@ class _Writer:
     def _partial(self, shard: int | None = None) -> Path:
         return self.folder / f".{self._shard_name(self.state.shard if shard is None else shard)}.partial"
 
-    def write(self, record: Record) -> None:
+    def written_ids(self) -> Iterator[str]:
+        """Yield the ids of the rows that an earlier run has written for certain."""
+        finished = [self.folder / self._shard_name(shard) for shard in range(self.state.shard)]
+        self.rows.flush()
+        for path in (*finished, self._partial()):
+            with path.open("rb") as lines:
+                yield from (json.loads(match[1]) for line in lines if (match := _ID.match(line)))
+
+    def write(self, text: bytes) -> None:
         if self.rows_per_shard is not None and self.state.shard_rows == self.rows_per_shard:
             self._start_next_shard()
-        self.rows.write(format_row(record).encode() + b"\n")
+        self.rows.write(text)
+        self.rows.write(b"\n")
         self.state.shard_rows += 1
 
     def reject(self, rejected: Rejected) -> None:
@@ -233,11 +157,13 @@ def prepare(
     options: Mapping[str, Any] | None = None,
     rows_per_shard: int | None = None,
     save_every: int = 20_000,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Write ``<dataset>_<split>.jsonl``, the rejected rows, and ``<dataset>_<split>.summary.json``.
 
     A killed run goes on where it was when it is started again with the same settings: the source is read again up
-    to that row, which is cheap, and the files are cut to what was certain. The bytes are those of a run in one go.
+    to that row, which is cheap, and the files are cut to what was certain. The bytes are those of a run in one go,
+    with any number of workers.
 
     Args:
         rows: the source, in an order that does not change between runs.
@@ -249,6 +175,7 @@ def prepare(
         options: of the source; a run with others starts anew.
         rows_per_shard: when given, the files are ``<dataset>_<split>-00000.jsonl`` and so on.
         save_every: rows between two savings of the progress.
+        workers: processes that convert the rows; with 1, this one does.
 
     Returns:
         The summary.
@@ -264,12 +191,12 @@ def prepare(
     if rows_per_shard is not None and rows_per_shard < 1:
         raise UserError(f"rows_per_shard is {rows_per_shard}; give a positive number or null for one file")
     items = iter(rows)
-    first = next(items, None)  # the source's own errors come before anything is written
+    first = list(islice(items, 1))  # the source's own errors come before anything is written
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = _describe(source, dict(options or {}), checks, rows_per_shard)
     writer = _Writer(folder, name, settings, rows_per_shard)
-    _write_rows(writer, _chain(first, items), checks, save_every)
+    _write_rows(writer, chain(first, items), checks, save_every, workers)
     shards, rejected = writer.finish()
     summary = _summarise(dataset, split, shards, rejected)
     write_atomically(folder / f"{name}.summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -277,32 +204,50 @@ def prepare(
     return summary
 
 
-def _chain(first: Item | None, items: Iterator[Item]) -> Iterator[Item]:
-    if first is not None:
-        yield first
-        yield from items
-
-
 def _describe(source: str | Path, options: dict[str, Any], checks: RowChecks, shard: int | None) -> dict[str, Any]:
     """Return what must be equal for a run to be continued, as JSON gives it back."""
-    shown = {key: value for key, value in vars(checks).items() if not key.startswith("_")}
-    return json.loads(
-        json.dumps({"source": source, "options": options, "checks": shown, "rows_per_shard": shard}, default=str)
-    )
+    described = {"source": source, "options": options, "checks": vars(checks), "rows_per_shard": shard}
+    return json.loads(json.dumps(described, default=str))
 
 
-def _write_rows(writer: _Writer, items: Iterator[Item], checks: RowChecks, save_every: int) -> None:
-    done = writer.state.taken
-    for taken, item in enumerate(tqdm(items, desc=writer.name, unit="row", mininterval=1.0), start=1):
-        checked = checks.check(item.record) if isinstance(item, Located) else item.reason
-        if taken <= done:  # checked again only so that the ids seen are known
-            continue
-        if isinstance(checked, Record):
-            writer.write(checked)
-        else:
-            writer.reject(Rejected(item.row, checked, item.file))
-        if taken % save_every == 0:
-            writer.save(taken)
+class _SeenIds:
+    """Tells repeated ids; holds 8 bytes of each."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._digests = set(map(self._digest, names))
+
+    @staticmethod
+    def _digest(name: str) -> bytes:
+        return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+    def add(self, name: str) -> bool:
+        """Add an id; return whether it is new."""
+        count = len(self._digests)
+        self._digests.add(self._digest(name))
+        return len(self._digests) > count
+
+
+def _write_rows(writer: _Writer, items: Iterator[Item], checks: RowChecks, save_every: int, workers: int) -> None:
+    taken = writer.state.taken
+    seen = None if checks.allows_repeated_ids else _SeenIds(writer.written_ids())
+    with tqdm(desc=writer.name, unit="row", initial=taken, mininterval=1.0) as progress:
+        remaining = islice(items, taken, None)
+        for lines in convert_in_order(remaining, checks, workers, min(save_every, CHUNK_ROWS)):
+            for line in lines:
+                taken += 1
+                _write_line(writer, line, seen)
+                if taken % save_every == 0:
+                    writer.save(taken)
+            progress.update(len(lines))
+
+
+def _write_line(writer: _Writer, line: Line | Rejected, seen: _SeenIds | None) -> None:
+    if isinstance(line, Rejected):
+        writer.reject(line)
+    elif seen is None or seen.add(line.id):
+        writer.write(line.text)
+    else:
+        writer.reject(Rejected(line.row, f"id {line.id} was already used", line.file))
 
 
 def _summarise(dataset: str, split: str, shards: list[Path], rejected: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,11 +13,14 @@ import numpy as np
 
 from vila_m3_common.conversation import IMAGE_TOKEN, Conversation, Role
 from vila_m3_common.errors import UserError
-from vila_m3_common.volumes import load_picture
 
 # LLaVA's names of the speakers; "expert" is this project's, and is written as "human" for other readers.
 SPEAKERS: dict[str, Role] = {"human": "user", "gpt": "assistant", "expert": "expert"}
 _NAMES = {role: speaker for speaker, role in SPEAKERS.items()}
+# A name that certainly stays below its folder; any other goes through the full check.
+_PLAIN_NAME = re.compile(r"[\w-][\w. -]*(?:/[\w-][\w. -]*)*", re.ASCII)
+# Made once: `json.dumps` makes a new encoder for every row. A row is built here and cannot contain itself.
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False).encode
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def parse_row(line: str) -> Record:
 
 def format_row(record: Record) -> str:
     """Return the line of a JSONL file that :func:`parse_row` reads, without its line break."""
-    return json.dumps(record.to_row(), ensure_ascii=False)
+    return _encode(record.to_row())
 
 
 def resolve_image(name: str, root: str | Path) -> Path:
@@ -136,9 +140,64 @@ def resolve_image(name: str, root: str | Path) -> Path:
     return resolved
 
 
-def to_conversation(
-    record: Record, root: str | Path, load: Callable[[Path], np.ndarray] = load_picture
-) -> Conversation:
+def find_count_problem(record: Record) -> str:
+    """Return how placeholders and images differ in number, or an empty string."""
+    if record.placeholder_count == len(record.images):
+        return ""
+    return f"{record.placeholder_count} {IMAGE_TOKEN} placeholders for {len(record.images)} images"
+
+
+def find_image_problem(record: Record, root: str | Path, must_exist: bool = True, decodes: bool = False) -> str:
+    """Return why an image of a record cannot be used, or an empty string.
+
+    Args:
+        record: its image names must stay below ``root`` in any case.
+        root: folder of the images.
+        must_exist: whether the files are looked for.
+        decodes: whether they are read.
+    """
+    for name in record.images:
+        try:
+            if not must_exist and _PLAIN_NAME.fullmatch(name):
+                continue
+            path = resolve_image(name, root)
+            if must_exist and not _is_there(path):
+                return f"image {name} is missing"
+            if decodes:
+                load_image(path)
+        except (UserError, OSError, ValueError) as error:
+            reason = str(error) if isinstance(error, UserError) else f"image {name} cannot be read: {error}"
+            return reason.encode("utf-8", "replace").decode()
+    return ""
+
+
+def _is_there(path: Path) -> bool:
+    """Whether a path is a file, or a folder with files: a DICOM series."""
+    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+
+def load_image(path: Path) -> np.ndarray:
+    """Read what a row may show as ``(H, W, 3)`` uint8, rendered as a served study is.
+
+    Pictures are read as they are; of a volume (NIfTI, a DICOM series) the middle axial slice is shown, CT in its soft
+    tissue window, MRI from its least to its largest value.
+
+    Raises:
+        UserError: if the file is no image, or shows several.
+    """
+    # The readers take seconds and 300 MB to import; most of data preparation reads no image.
+    from vila_m3_common.study import open_study, render_images
+    from vila_m3_common.volumes import RADIOGRAPH_SUFFIXES, has_suffix, load_picture
+
+    if has_suffix(path, RADIOGRAPH_SUFFIXES):
+        return load_picture(path)
+    images, _ = render_images(open_study(path))
+    if len(images) != 1:
+        raise UserError(f"{path.name} shows {len(images)} images; give one sequence per placeholder")
+    return images[0]
+
+
+def to_conversation(record: Record, root: str | Path, load: Callable[[Path], np.ndarray] = load_image) -> Conversation:
     """Return the record as the conversation that training, serving and evaluation render.
 
     Args:
@@ -149,11 +208,8 @@ def to_conversation(
     Raises:
         UserError: for images that cannot be read, or too few or too many of them.
     """
-    if record.placeholder_count != len(record.images):
-        raise UserError(
-            f"record {record.id} has {record.placeholder_count} {IMAGE_TOKEN} placeholders for "
-            f"{len(record.images)} images; they must be equal"
-        )
+    if problem := find_count_problem(record):
+        raise UserError(f"record {record.id} has {problem}; they must be equal")
     images = iter([load(resolve_image(name, root)) for name in record.images])
     conversation = Conversation()
     for message in record.messages:

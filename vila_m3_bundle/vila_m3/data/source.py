@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,36 @@ class Located:
     file: str = ""
 
 
-Item = Located | Rejected
+@dataclass(frozen=True)
+class Pending:
+    """A row whose conversion takes time, such as reading a file; it may be done in another process.
+
+    Args:
+        row: number of the row in its file.
+        convert: makes the record or raises :class:`RowProblem`; a module's function or a ``partial`` of one.
+        file: name of the file.
+    """
+
+    row: int
+    convert: Callable[[], Record]
+    file: str = ""
+
+
+Item = Located | Rejected | Pending
 
 
 class RowProblem(ValueError):
     """One row cannot be used; the reader turns it into a :class:`Rejected`."""
+
+
+def finish(item: Item) -> Located | Rejected:
+    """Return an item with its conversion done."""
+    if not isinstance(item, Pending):
+        return item
+    try:
+        return Located(item.row, item.convert(), item.file)
+    except RowProblem as problem:
+        return Rejected(item.row, str(problem), item.file)
 
 
 def check_folder(source: str | Path) -> Path:
@@ -89,16 +114,25 @@ def find_file(folder: Path, *names: str) -> Path:
     raise UserError(f"{folder} has no {' or '.join(names)}{hint}")
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; bytes that are not UTF-8 become surrogates.
+
+    Raises:
+        UserError: if the file is cut off.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut off: download it again") from error
+
+
 def read_json_list(path: Path) -> list[Any]:
-    """Return the rows of a JSON file that holds one list; bytes that are not UTF-8 become surrogates.
+    """Return the rows of a JSON file that holds one list.
 
     Raises:
         UserError: if the file is cut off or is no list.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it may be cut off: download it again") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a {type(rows).__name__}; a list of rows is needed")
     return rows
@@ -117,10 +151,30 @@ def read_csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
     Raises:
         UserError: if the header lacks a column.
     """
+    header, rows = open_csv(path, columns)
+    for row, values in rows:
+        yield row, values if isinstance(values, str) else dict(zip(header, values, strict=True))
+
+
+CsvRow = tuple[int, list[str] | str]
+
+
+def open_csv(path: Path, columns: Sequence[str]) -> tuple[list[str], Iterator[CsvRow]]:
+    """Return the header, and the rows as :func:`read_csv_rows` gives them, but as lists: for tables of great length.
+
+    Raises:
+        UserError: if the header lacks a column.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        header = _read_header(csv.reader(file, strict=True), path, columns)
+    return header, _read_values(path, len(header))
+
+
+def _read_values(path: Path, width: int) -> Iterator[CsvRow]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
-        header = _read_header(reader, path, columns)
-        row, first_line = 0, reader.line_num + 1
+        next(reader)
+        row, last_line = 0, reader.line_num
         while True:
             try:
                 values = next(reader)
@@ -128,12 +182,13 @@ def read_csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
                 return
             except csv.Error as error:
                 row += 1
-                yield row, f"lines {first_line} to {reader.line_num} are not CSV ({error}); the file may be cut off"
+                lines = f"lines {last_line + 1} to {reader.line_num}"
+                yield row, f"{lines} are not CSV ({error}); the file may be cut off"
             else:
                 if values:
                     row += 1
-                    yield row, _name_fields(header, values)
-            first_line = reader.line_num + 1
+                    yield row, values if len(values) == width else _width_problem(len(values), width)
+            last_line = reader.line_num
 
 
 def _read_header(reader: Any, path: Path, columns: Sequence[str]) -> list[str]:
@@ -148,10 +203,8 @@ def _read_header(reader: Any, path: Path, columns: Sequence[str]) -> list[str]:
     return header
 
 
-def _name_fields(header: Sequence[str], values: Sequence[str]) -> dict[str, str] | str:
-    if len(values) != len(header):
-        return f"has {len(values)} fields, the header has {len(header)}; the file may be cut off"
-    return dict(zip(header, values, strict=True))
+def _width_problem(count: int, width: int) -> str:
+    return f"has {count} fields, the header has {width}; the file may be cut off"
 
 
 def get_text(row: Any, name: str, default: str | None = None) -> str:

@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.trigger import parse_triggers
-from vila_m3_common.volumes import load_picture
 
-from .record import Record, parse_row, resolve_image
+from .record import Record, find_count_problem, find_image_problem, load_image, parse_row, resolve_image
 
 # Bits that may differ between the 64-bit hashes of near-duplicates.
 HASH_DISTANCE = 4
@@ -76,16 +75,7 @@ class Validator:
         return "", ""
 
     def _image_problem(self, record: Record) -> str:
-        for name in record.images:
-            try:
-                path = resolve_image(name, self.image_root)
-                if not path.is_file():
-                    return f"image {name} is missing"
-                if self.decodes_images:
-                    load_picture(path)
-            except (UserError, OSError, ValueError) as error:
-                return f"image {name} cannot be read: {error}"
-        return ""
+        return find_image_problem(record, self.image_root, decodes=self.decodes_images)
 
     def _trigger_problem(self, record: Record) -> str:
         for message in record.messages:
@@ -136,13 +126,6 @@ def find_turn_problem(record: Record) -> str:
         if (before == "assistant") == (after == "assistant"):
             return f"turn {number} ({after}) follows a turn of {before}"
     return ""
-
-
-def find_count_problem(record: Record) -> str:
-    """Return how placeholders and images differ in number."""
-    if record.placeholder_count == len(record.images):
-        return ""
-    return f"{record.placeholder_count} <image> placeholders for {len(record.images)} images"
 
 
 def validate_file(path: str | Path, validator: Validator, output_dir: str | Path) -> dict[str, Any]:
@@ -264,7 +247,7 @@ def _add_image(found: _Fingerprints, name: str, image_root: Path) -> None:
     try:
         path = resolve_image(name, image_root)
         found.contents[hashlib.sha256(path.read_bytes()).digest()] = name
-        found.looks[name] = difference_hash(Image.fromarray(load_picture(path)))
+        found.looks[name] = difference_hash(Image.fromarray(load_image(path)))
     except (UserError, OSError, ValueError):
         return
 

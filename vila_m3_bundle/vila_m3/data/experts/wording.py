@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ...questions import is_held_out, presence_question, tables
+from ...questions import is_held_out, tables
 
 
 @cache
@@ -43,9 +43,21 @@ def segment_wordings(argument: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def tumor_wording(argument: str, rng: random.Random) -> str:
-    """Return one question for a kind of tumour."""
-    return presence_question(rng, rng.choice(tables()["ct_tumors"][argument]))
+def describe_wordings(argument: str) -> list[str]:
+    """Return every question for what a slice shows, of everything or of one group of VISTA3D."""
+    if argument == "everything":
+        return wordings("describe")
+    return wordings("group", [frames()["groups"][argument]])
+
+
+def tumor_wordings(argument: str) -> list[str]:
+    """Return every question for a kind of tumour."""
+    table = tables()
+    return [
+        frame.format(one=one, many=many, bare=bare)
+        for frame in table["presence_frames"]
+        for one, many, bare in table["ct_tumors"][argument]
+    ]
 
 
 def pick(candidates: Sequence[str], rng: random.Random, held_out: bool) -> str:

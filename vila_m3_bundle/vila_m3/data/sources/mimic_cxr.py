@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from vila_m3_common.errors import UserError
 
 from ..cleaning import clean_report
 from ..record import Record
-from ..source import Item, Located, Rejected, RowProblem, ask, check_choice, check_folder, find_file, read_csv_rows
+from ..source import (
+    Item,
+    Located,
+    Pending,
+    Rejected,
+    RowProblem,
+    ask,
+    check_choice,
+    check_folder,
+    find_file,
+    open_csv,
+    read_json,
+)
 
 SPLITS = ("train", "validate", "test")
 TEXTS = ("sections", "raw", "cleaned")
@@ -43,47 +58,64 @@ def read_mimic_reports(
     folder = check_folder(source)
     check_choice(split, SPLITS, "split")
     check_choice(text, TEXTS, "text")
-    texts = check_folder(reports) if reports else folder
+    texts = str(check_folder(reports) if reports else folder)
     file = find_file(folder, "mimic-cxr-2.0.0-split.csv")
-    positions, labels = _read_views(folder), _read_labels(folder)
-    for number, row in read_csv_rows(file, ("dicom_id", "study_id", "subject_id", "split")):
+    header, rows = open_csv(file, ("dicom_id", "study_id", "subject_id", "split"))
+    positions: dict[str, str] = {}
+    labels: dict[str, tuple[str, ...]] = {}
+    yield from _read_views(folder, positions)
+    yield from _read_labels(folder, labels)
+    pick = itemgetter(*map(header.index, ("split", "dicom_id", "study_id", "subject_id")))
+    for number, row in rows:
         if isinstance(row, str):
             yield Rejected(number, row, file.name)
-        elif row["split"] == split and (not views or positions.get(row["dicom_id"]) in views):
-            try:
-                record = _convert(row, texts, text, positions.get(row["dicom_id"], ""), labels.get(row["study_id"], ""))
-                yield Located(number, record, file.name)
-            except RowProblem as problem:
-                yield Rejected(number, str(problem), file.name)
+            continue
+        part, image, study, subject = pick(row)
+        if part != split:
+            continue
+        view = positions.get(image)
+        if view is None:
+            yield Rejected(number, f"image {image:.60} has no row in the metadata file", file.name)
+        elif not views or view in views:
+            convert = partial(_convert, part, image, study, subject, texts, text, view, labels.get(study, ()))
+            yield Pending(number, convert, file.name)
 
 
-def _read_views(folder: Path) -> dict[str, str]:
+def _read_views(folder: Path, positions: dict[str, str]) -> Iterator[Rejected]:
+    """Fill in the ``ViewPosition`` of each image; yield the broken rows."""
     file = find_file(folder, "mimic-cxr-2.0.0-metadata.csv")
-    rows = read_csv_rows(file, ("dicom_id", "ViewPosition"))
-    shared: dict[str, str] = {}  # one text per kind of view, not one per image
-    return {
-        row["dicom_id"]: shared.setdefault(row["ViewPosition"], row["ViewPosition"])
-        for _, row in rows
-        if not isinstance(row, str)
-    }
+    header, rows = open_csv(file, ("dicom_id", "ViewPosition"))
+    image, view = header.index("dicom_id"), header.index("ViewPosition")
+    for number, row in rows:
+        if isinstance(row, str):
+            yield Rejected(number, row, file.name)
+        else:
+            positions[row[image]] = sys.intern(row[view])  # one text per kind of view, not one per image
 
 
-def _read_labels(folder: Path) -> dict[str, str]:
-    """Return the positive findings of each study, separated by semicolons."""
+def _read_labels(folder: Path, labels: dict[str, tuple[str, ...]]) -> Iterator[Rejected]:
+    """Fill in the positive findings of each study; yield the broken rows."""
     file = folder / "mimic-cxr-2.0.0-chexpert.csv"
     if not file.is_file():
-        return {}
-    labels: dict[str, str] = {}
-    shared: dict[str, str] = {}
-    for _, row in read_csv_rows(file, ("subject_id", "study_id")):
-        if not isinstance(row, str):
-            positive = ";".join(name for name, value in row.items() if value in ("1", "1.0") and name[0].isupper())
-            labels[row["study_id"]] = shared.setdefault(positive, positive)
-    return labels
+        return
+    header, rows = open_csv(file, ("subject_id", "study_id"))
+    study = header.index("study_id")
+    findings = [(index, name) for index, name in enumerate(header) if name[:1].isupper()]
+    pick = itemgetter(*(index for index, _ in findings)) if len(findings) > 1 else tuple
+    positives: dict[tuple[str, ...], tuple[str, ...]] = {}  # studies with equal labels share one tuple
+    for number, row in rows:
+        if isinstance(row, str):
+            yield Rejected(number, row, file.name)
+            continue
+        values = pick(row)
+        if values not in positives:
+            positives[values] = tuple(name for index, name in findings if row[index] in ("1", "1.0"))
+        labels[row[study]] = positives[values]
 
 
-def _convert(row: dict[str, str], texts: Path, text: str, view: str, labels: str) -> Record:
-    subject, study, image = row["subject_id"], row["study_id"], row["dicom_id"]
+def _convert(
+    split: str, image: str, study: str, subject: str, texts: str, text: str, view: str, labels: tuple[str, ...]
+) -> Record:
     if not (subject.isdigit() and study.isdigit()):
         raise RowProblem(f"subject_id {subject!r:.40} and study_id {study!r:.40} must be numbers")
     stem = f"files/p{subject[:2]}/p{subject}/s{study}"
@@ -94,22 +126,24 @@ def _convert(row: dict[str, str], texts: Path, text: str, view: str, labels: str
         report = clean_report(report)
     metadata = {
         "dataset": "mimic_report",
-        "split": row["split"],
+        "split": split,
         "patient": f"p{subject}",
         "study": f"s{study}",
         "view": view,
-        "labels": labels.split(";") if labels else [],
+        "labels": list(labels),
         "question": QUESTION,
     }
     return Record(image, ask(QUESTION, report, image_first=True), (f"{stem}/{image}.jpg",), metadata)
 
 
-def _read_text(folder: Path, stem: str) -> str:
+def _read_text(folder: str, stem: str) -> str:
     try:
-        with open(f"{folder}/{stem}.txt", encoding="utf-8", errors="surrogateescape") as file:
-            return file.read()
+        # Unbuffered: one call each to open, read and close, a fifth of the time of a text file's.
+        with open(f"{folder}/{stem}.txt", "rb", buffering=0) as file:
+            text = file.read().decode("utf-8", "surrogateescape")
     except OSError as error:
         raise RowProblem(f"report {stem}.txt cannot be read ({error.strerror})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def take_sections(report: str, names: Sequence[str] = ("FINDINGS", "IMPRESSION")) -> str:
@@ -131,21 +165,33 @@ def read_annotated_reports(source: str | Path, split: str = "train") -> Iterator
     """
     folder = check_folder(source)
     file = find_file(folder, "mimic_annotation.json")
-    cases = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(cases, dict) or split not in cases:
-        raise UserError(f"{file} has no split {split!r}; give an object with train, val and test")
+    cases = read_json(file)
+    if not isinstance(cases, dict) or not isinstance(cases.get(split), list):
+        raise UserError(f"{file} has no list {split!r}; give an object with train, val and test")
     for number, case in enumerate(cases[split], start=1):
-        for image in case.get("image_path", ()):
-            text = folder / "report_new" / f"{Path(image).stem}.txt"
-            if not text.is_file() or text.is_symlink():
-                yield Rejected(number, f"report {text.name} is missing", file.name)
-                continue
-            answer = text.read_bytes().decode("utf-8", "surrogateescape")
-            metadata = {
-                "dataset": "mimic_report",
-                "split": split,
-                "patient": f"p{case.get('subject_id')}",
-                "study": f"s{case.get('study_id')}",
-                "question": QUESTION,
-            }
-            yield Located(number, Record(Path(image).stem, ask(QUESTION, answer, True), (image,), metadata), file.name)
+        images = case.get("image_path") if isinstance(case, dict) else None
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            yield Rejected(number, "has no image_path, a list of texts", file.name)
+            continue
+        for image in images:
+            yield _convert_annotated(case, image, split, folder, number, file.name)
+
+
+def _convert_annotated(
+    case: dict[str, Any], image: str, split: str, folder: Path, number: int, name: str
+) -> Located | Rejected:
+    text = folder / "report_new" / f"{Path(image).stem}.txt"
+    if not text.is_file() or text.is_symlink():
+        return Rejected(number, f"report {text.name} is missing", name)
+    answer = text.read_bytes().decode("utf-8", "surrogateescape")
+    metadata = {
+        "dataset": "mimic_report",
+        "split": split,
+        "patient": f"p{case.get('subject_id')}",
+        "study": f"s{case.get('study_id')}",
+        "question": QUESTION,
+    }
+    try:
+        return Located(number, Record(Path(image).stem, ask(QUESTION, answer, True), (image,), metadata), name)
+    except RowProblem as problem:
+        return Rejected(number, str(problem), name)

@@ -47,8 +47,9 @@ def read_medical_diff_vqa(source: str | Path, split: str, has_difference: bool =
     """
     folder = check_folder(source)
     names = _DIFF_SPLITS[check_choice(split, list(_DIFF_SPLITS), "split")]
-    images = _read_images(find_file(folder, "mimic_all.csv"))
     file = find_file(folder, "mimic_pair_questions.csv")
+    images: dict[str, str] = {}
+    yield from _read_images(find_file(folder, "mimic_all.csv"), images)
     columns = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
     for number, row in read_csv_rows(file, columns):
         if isinstance(row, str):
@@ -60,14 +61,15 @@ def read_medical_diff_vqa(source: str | Path, split: str, has_difference: bool =
                 yield Rejected(number, str(problem), file.name)
 
 
-def _read_images(file: Path) -> dict[str, str]:
-    images: dict[str, str] = {}
-    for _, row in read_csv_rows(file, ("subject_id", "study_id", "dicom_id")):
-        if not isinstance(row, str):
+def _read_images(file: Path, images: dict[str, str]) -> Iterator[Rejected]:
+    """Fill in the first image of each study; yield the broken rows."""
+    for number, row in read_csv_rows(file, ("subject_id", "study_id", "dicom_id")):
+        if isinstance(row, str):
+            yield Rejected(number, row, file.name)
+        else:
             subject = row["subject_id"]
             path = f"files/p{subject[:2]}/p{subject}/s{row['study_id']}/{row['dicom_id']}.jpg"
             images.setdefault(row["study_id"], path)
-    return images
 
 
 def _convert_diff(row: Mapping[str, str], images: Mapping[str, str], number: int, split: str) -> Record:

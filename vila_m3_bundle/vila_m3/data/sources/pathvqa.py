@@ -34,7 +34,8 @@ def read_pathvqa(
     """Yield the rows of the parquet shards and write their images, as JPEG, below ``images``.
 
     Args:
-        source: folder of the shards, ``train-00000-of-00007-....parquet`` and so on.
+        source: folder of the shards, ``train-00000-of-00007-....parquet`` and so on; those of the parts before
+            ``split`` must be there too, since coins are thrown for their rows first.
         split: train, validate, test or train_validate.
         images: folder for ``train/``, ``val/`` and ``test/``; a name that comes again is overwritten, as recorded.
         ids: ``file_name`` are the recorded ids, equal for all questions of an image; ``unique`` appends a number
@@ -49,9 +50,10 @@ def read_pathvqa(
     check_choice(ids, IDS, "form of ids")
     coin = random.Random(seed)
     counts: dict[str, int] = {}
-    for part in ("train", "validation", "test"):
+    parts = ("train", "validation", "test")
+    for part in parts[: parts.index(wanted[-1]) + 1]:
         if part not in wanted:
-            for _ in range(_count_rows(folder, part) if part != "test" else 0):
+            for _ in range(_count_rows(folder, part)):
                 coin.choice((0, 1))
             continue
         for file in _find_shards(folder, part):
@@ -131,6 +133,21 @@ class _PlainUnpickler(pickle.Unpickler):
         )
 
 
+def read_plain_pickle(file: Path) -> Any:
+    """Read a pickle of lists, dictionaries, texts and numbers.
+
+    Raises:
+        UserError: if it holds anything else, or is cut off.
+    """
+    try:
+        with file.open("rb") as stream:
+            return _PlainUnpickler(stream).load()
+    except UserError:
+        raise
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); it may be cut off") from error
+
+
 def read_pathvqa_pickle(source: str | Path, split: str) -> Iterator[Item]:
     """Yield the rows of the original release (``qas/test_vqa.pkl``); ids are the question ids that graders need.
 
@@ -147,13 +164,9 @@ def read_pathvqa_pickle(source: str | Path, split: str) -> Iterator[Item]:
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
         raise UserError(f"{folder} has no qas/{name}_vqa.pkl; give the folder of the original release")
-    try:
-        with file.open("rb") as stream:
-            rows = _PlainUnpickler(stream).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file} cannot be read ({error}); it may be cut off") from error
+    rows = read_plain_pickle(file)
+    if not isinstance(rows, list):
+        raise UserError(f"{file} holds a {type(rows).__name__}; a list of rows is needed")
     for number, row in enumerate(rows, start=1):
         try:
             yield Located(number, _convert_pickled(row, name, split), file.name)
