@@ -173,6 +173,8 @@ def parse_letters(text: str, options: Sequence[str]) -> tuple[str, ...] | None:
         found = [mark for mark in re.findall(r"[A-Za-z]+", drop_label(body)) if len(mark) == 1]
     if found:
         return tuple(sorted({letter.upper() for letter in found}))
+    if body.strip().lower().rstrip(".") == "none" and options[-1].lower().startswith("none"):
+        return (letters[-1],)
     lowered = f" {normalize_word(body.lower())} "
     named = [
         letter for letter, name in zip(letters, options, strict=True) if f" {normalize_word(name.lower())} " in lowered

@@ -344,9 +344,11 @@ def grade_reports(benchmark: Benchmark, questions: Sequence[Question], predictio
             [questions[place].answer for place in places], [said[place] for place in places], benchmark.metrics
         )
         for name, row in scored.items():
-            missing = isinstance(row, MetricMissing)
-            measures[prefix + name] = str(row) if missing else _spread(row.measure, places, len(questions))
-            if name == benchmark.metrics[0] and not missing:
+            if isinstance(row, MetricMissing):
+                measures[prefix + name] = str(row)
+                continue
+            measures[prefix + name] = _spread(row.measure, places, len(questions))
+            if name == benchmark.metrics[0]:
                 items = {questions[place].id: float(row.per_pair[index]) for index, place in enumerate(places)}
                 (corrected if prefix else published).update(items)
     for question, text in zip(questions, said, strict=True):

@@ -2,8 +2,8 @@
 
 BLEU-1..4, ROUGE-L, METEOR and CIDEr are pycocoevalcap's, on texts that its PTB tokenizer has cut; tokenizer and METEOR
 are Java programs inside that package, so without Java none of them is computed. RadGraph-F1, CheXbert-F1, GREEN and
-BERTScore need packages and weights of their own. A metric that cannot be computed here says why (:class:`MetricMissing`)
-and gets no number. No word list of ours stands in for a clinical metric.
+BERTScore need packages and weights of their own. A metric that cannot be computed here says why
+(:class:`MetricMissing`) and gets no number. No word list of ours stands in for a clinical metric.
 """
 
 from __future__ import annotations
