@@ -167,10 +167,8 @@ def run_comparison(
         raise UserError(
             f"nothing to compare: {first} has {', '.join(one)}; {second} has {', '.join(two)}; give --pairs"
         )
-    for name, runs in [(pair[0], one) for pair in chosen] + [(pair[1], two) for pair in chosen]:
-        if name not in runs:
-            hint = near_match_hint(name, list(runs))
-            raise UserError(f"no predictions for {name!r}; {hint}there are: {', '.join(runs)}")
+    _check_names([pair[0] for pair in chosen], one)
+    _check_names([pair[1] for pair in chosen], two)
     reader = _Runs(data_root, benchmarks_dir)
     folder = make_output_dir(output_dir)
     compared: dict[str, Any] = {}
@@ -188,6 +186,13 @@ def run_comparison(
     write_atomically(folder / "comparison.md", text)
     print(text)
     print(f"written to {folder / 'comparison.json'} and comparison.md")
+
+
+def _check_names(names: Sequence[str], runs: Mapping[str, Path]) -> None:
+    for name in names:
+        if name not in runs:
+            hint = near_match_hint(name, list(runs))
+            raise UserError(f"no predictions for {name!r}; {hint}there are: {', '.join(runs)}")
 
 
 def comparison_table(compared: Mapping[str, Any], published: Mapping[str, Any]) -> str:

@@ -132,19 +132,32 @@ def measure_interval(measure: Measure, groups: Sequence[str], seed: int = 0) -> 
         groups: who each question belongs to; questions of one patient are drawn together.
         seed: of the draws.
     """
-    return _percentiles(np.concatenate([measure.evaluate(chunk) for chunk in _draw_groups(groups, seed)]))
+    members, count = _members(groups)
+    score = _by_group(measure, members, count)
+    return _percentiles(np.concatenate([score(chunk) for chunk in _draw_groups(count, seed)]))
 
 
-def _draw_groups(groups: Sequence[str], seed: int) -> Iterator[np.ndarray]:
-    """Yield weights of questions, ``(chunk, questions)``, ``REPLICATES`` rows in all."""
-    _, members = np.unique(np.asarray(groups), return_inverse=True)
-    count = int(members.max()) + 1
+def _members(groups: Sequence[str]) -> tuple[np.ndarray, int]:
+    names, members = np.unique(np.asarray(groups), return_inverse=True)
+    return members, len(names)
+
+
+def _by_group(measure: Measure, members: np.ndarray, count: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the score as a function of weights of groups, ``(R, count)``; sums are added up per group once."""
+    if not isinstance(measure, SumMeasure):
+        return lambda weights: measure.evaluate(weights[:, members])
+    parts = np.zeros((count, measure.parts.shape[1]))
+    np.add.at(parts, members, measure.parts)
+    return SumMeasure(parts, measure.combine, measure.count).evaluate
+
+
+def _draw_groups(count: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each group is drawn, ``(chunk, count)``, ``REPLICATES`` rows in all."""
     generator = np.random.default_rng(seed)
     for start in range(0, REPLICATES, _CHUNK):
         draws = generator.integers(0, count, (min(_CHUNK, REPLICATES - start), count))
         offsets = np.arange(len(draws))[:, None] * count
-        times = np.bincount((draws + offsets).ravel(), minlength=draws.size)
-        yield times.reshape(draws.shape)[:, members].astype(float)
+        yield np.bincount((draws + offsets).ravel(), minlength=draws.size).reshape(draws.shape).astype(float)
 
 
 def _percentiles(replicates: np.ndarray) -> tuple[float, float]:
@@ -183,33 +196,34 @@ def compare(
     The permutation test exchanges the two runs' answers, a patient at a time: if the runs did not differ, every
     exchange would be as likely as what was seen.
     """
-    both = first.join(second)
-    none = np.zeros((1, len(groups)))
-    one = none + 1
-    values = both.evaluate(np.vstack([np.hstack([one, none]), np.hstack([none, one])]))
-    draws = [
-        both.evaluate(np.hstack([np.zeros_like(chunk), chunk]))
-        - both.evaluate(np.hstack([chunk, np.zeros_like(chunk)]))
-        for chunk in _draw_groups(groups, seed)
-    ]
+    members, count = _members(groups)
+    # The second run's questions are groups of their own, so that a weight chooses between the two runs.
+    score = _by_group(first.join(second), np.concatenate([members, members + count]), 2 * count)
+    unused, once = np.zeros((1, count)), np.ones((1, count))
+    values = score(np.vstack([np.hstack([once, unused]), np.hstack([unused, once])]))
     difference = float(values[1] - values[0])
-    p_value = _exchange(both, groups, difference, seed, permutations)
+    draws = []
+    for chunk in _draw_groups(count, seed):
+        none = np.zeros_like(chunk)
+        draws.append(score(np.hstack([none, chunk])) - score(np.hstack([chunk, none])))
+    p_value = _exchange(score, count, difference, seed, permutations)
     interval = _percentiles(np.concatenate(draws))
     return Comparison(float(values[0]), float(values[1]), difference, interval, p_value, first.count)
 
 
-def _exchange(both: Measure, groups: Sequence[str], difference: float, seed: int, permutations: int) -> float:
+def _exchange(
+    score: Callable[[np.ndarray], np.ndarray], count: int, difference: float, seed: int, permutations: int
+) -> float:
     if np.isnan(difference):
         return float("nan")
-    _, members = np.unique(np.asarray(groups), return_inverse=True)
     generator = np.random.default_rng(seed)
     extreme, done = 0, 0
     while done < permutations:
         size = min(_CHUNK, permutations - done)
-        swapped = generator.integers(0, 2, (size, int(members.max()) + 1))[:, members].astype(float)
-        one, two = np.hstack([1 - swapped, swapped]), np.hstack([swapped, 1 - swapped])
+        swapped = generator.integers(0, 2, (size, count)).astype(float)
+        change = score(np.hstack([swapped, 1 - swapped])) - score(np.hstack([1 - swapped, swapped]))
         # Undefined exchanges (no positive left) count as extreme, which can only make the test more careful.
-        extreme += int((~(np.abs(both.evaluate(two) - both.evaluate(one)) < abs(difference) - 1e-9)).sum())
+        extreme += int((~(np.abs(change) < abs(difference) - 1e-9)).sum())
         done += size
     return (extreme + 1) / (permutations + 1)
 
