@@ -203,7 +203,17 @@ class MeteorProgram:
         return line
 
     def score(self, statistics: np.ndarray) -> np.ndarray:
-        """Return the score of each row of statistics, ``(R, 23)`` to ``(R,)``."""
+        """Return the score of each row of statistics, ``(R, 23)`` to ``(R,)``; NaN where no pair counts.
+
+        The program never answers a row of zeros, so that those are not sent.
+        """
+        is_counted = statistics.any(1)
+        scores = np.full(len(statistics), np.nan)
+        if is_counted.any():
+            scores[is_counted] = self._evaluate(statistics[is_counted])
+        return scores
+
+    def _evaluate(self, statistics: np.ndarray) -> np.ndarray:
         rows = " ||| ".join(" ".join(repr(float(value)) for value in row) for row in statistics)
         process = self._meteor.meteor_p
         process.stdin.write(f"EVAL ||| {rows}\n".encode())
