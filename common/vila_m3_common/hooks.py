@@ -20,7 +20,7 @@ from monai.bundle import ConfigWorkflow, create_workflow
 from . import __version__
 from .conversation import Conversation
 from .default_hooks import DefaultHooks, card_from_metadata
-from .errors import UserError
+from .errors import UserError, find_user_error
 from .expert import ExpertRequest, ExpertResult, ModelCard
 
 logger = logging.getLogger(__name__)
@@ -98,10 +98,12 @@ class BundleExpert:
             self._is_loaded = True
             try:
                 workflow.run()
-            except (Exception, SystemExit):
+            except (Exception, SystemExit) as error:
                 # Ignite would take the next run for the end of this one and do nothing.
                 self._is_loaded = False
                 workflow.initialize()
+                if isinstance(error, SystemExit):  # a bundle that ends like a command must not end its caller
+                    raise find_user_error(error) or UserError(str(error)) from error
                 raise
         return hooks.expert_feedback(_last_output(workflow))
 

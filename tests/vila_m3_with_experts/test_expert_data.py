@@ -268,6 +268,13 @@ def test_predictions_that_are_there_are_not_made_again(radiographs: list[list[st
     assert (tmp_path / "p/good.png.json").read_text() == "{}"
 
 
+def test_without_files_every_film_of_the_folder_is_predicted(radiographs: list[list[str]], tmp_path: Path) -> None:
+    save_predictions([], str(tmp_path), str(tmp_path / "p"), BUNDLE, str(ROOT / "expert_cxr"))
+    assert len(json.loads((tmp_path / "p/good.png.json").read_text())) == 18
+    with pytest.raises(SystemExit, match="holds no films"):
+        save_predictions([], str(tmp_path / "none"), str(tmp_path / "q"), BUNDLE, str(ROOT / "expert_cxr"))
+
+
 def test_slices_are_spread_over_what_is_found_or_the_volume() -> None:
     assert spread_slices(np.zeros(10), 1) == [5]
     assert spread_slices(np.zeros(10), 2) == [2, 7]

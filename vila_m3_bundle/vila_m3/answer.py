@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -105,11 +107,19 @@ class AnswerReport:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer of a batch: its text, why it ended, and its length in tokens."""
+    """One answer of a batch.
+
+    Args:
+        text: what was said.
+        stop_reason: why it ended.
+        new_token_count: its length in tokens, without the stop token.
+        confidence: the model's probability of this very answer, stop token included; None when it was sampled.
+    """
 
     text: str
     stop_reason: StopReason
     new_token_count: int
+    confidence: float | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -123,6 +133,23 @@ class _Kept:
 
     cache: DynamicCache
     places: list[Place] = field(default_factory=list)
+
+
+class GreedyConfidence(LogitsProcessor):
+    """Keeps the log-probability of the likeliest token of every step, ``(B,)`` each, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Record a step; ``scores`` is ``(B, vocabulary)``."""
+        values = scores.float()
+        self.steps.append(values.max(-1).values - values.logsumexp(-1))
+        return scores
+
+    def of(self, row: int, token_count: int) -> float:
+        """Return the probability of the first ``token_count`` tokens of an answer."""
+        return math.exp(sum(float(step[row]) for step in self.steps[:token_count]))
 
 
 class Answerer:
@@ -309,16 +336,23 @@ class Answerer:
         batch = pad_prompts(rows, self.processor.pad_id, "left")
         input_ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
         room = max(1, min(self.max_new_tokens, self.model.context_length - input_ids.shape[1]))
+        confidence = GreedyConfidence()
         generated = self.model.generate(
             inputs_embeds=self.model.embed(input_ids, self._features_of(conversations)),
             attention_mask=mask,
             max_new_tokens=room,
             eos_token_id=sorted(self.stop_ids) or None,
             pad_token_id=self.processor.pad_id,
+            logits_processor=LogitsProcessorList([confidence]),
             **self._sampling_options(),
         )
         at_limit: StopReason = "max_new_tokens" if room == self.max_new_tokens else "context"
         answers = [self._answered(row, at_limit) for row in generated.tolist()]
+        if self.sampling.temperature == 0:
+            answers = [
+                replace(answer, confidence=confidence.of(place, answer.new_token_count + (not answer.is_cut)))
+                for place, answer in enumerate(answers)
+            ]
         self.report.prompt_token_count = int(mask.sum())
         self.report.new_token_count = sum(answer.new_token_count for answer in answers)
         self.report.stop_reason = next((answer.stop_reason for answer in answers if answer.is_cut), "stop token")

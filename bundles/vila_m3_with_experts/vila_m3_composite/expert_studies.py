@@ -34,7 +34,7 @@ def run_expert(expert: BundleExpert, paths: Sequence[str], work: Path, argument:
     """
     try:
         result = expert.run(ExpertRequest(tuple(paths), argument, None, AXIS, "", str(work), "case"))
-    except (Exception, SystemExit) as error:  # a bundle that runs as a command ends with SystemExit
+    except Exception as error:
         cause = find_user_error(error)
         if cause is None:
             raise

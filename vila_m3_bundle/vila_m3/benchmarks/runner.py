@@ -17,11 +17,12 @@ from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.volumes import load_picture
 
 from ..answer import Answerer
-from .definition import Benchmark, Question, image_path, load_benchmark, prompt_of, read_questions
+from ..data.record import to_conversation
+from .asking import ask_record, prompt_text
+from .definition import Benchmark, Question, image_root, load_benchmark, read_questions
 from .endpoint import Endpoint, EndpointError
-from .grading import grade, majority_predictions, print_scores, write_items, write_json
+from .grading import grade, majority_predictions, write_items, write_outputs
 from .predictions import PredictionFile, read_predictions, read_rows
-from .tables import html_page, markdown_table
 
 Ask = Callable[[Sequence[Conversation]], list[dict[str, Any]]]
 
@@ -31,7 +32,8 @@ def asks_model(answerer: Answerer) -> Ask:
 
     def ask(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
         return [
-            {"text": answer.text, "stop_reason": answer.stop_reason} for answer in answerer.answer_batch(conversations)
+            {"text": answer.text, "stop_reason": answer.stop_reason, "confidence": answer.confidence}
+            for answer in answerer.answer_batch(conversations)
         ]
 
     return ask
@@ -60,26 +62,22 @@ def predict(
     data_root: str,
     batch_size: int,
     is_blank: bool,
+    cards: str = "",
 ) -> None:
     """Ask what is not yet answered, images in turn so that a batch shares them; append every batch."""
     load = lru_cache(maxsize=64)(load_picture)
+    shown = (lambda path: np.zeros_like(load(path))) if is_blank else load
     waiting = sorted((q for q in questions if q.id not in written.done), key=lambda q: (q.image, len(q.text)))
     title = f"{benchmark.name}{' (blank)' if is_blank else ''}"
     with tqdm(total=len(questions), initial=len(questions) - len(waiting), desc=title, unit="question") as bar:
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start : start + batch_size]
-            conversations = []
-            for question in batch:
-                picture = load(image_path(benchmark, question, data_root))
-                conversation = Conversation()
-                shown = np.zeros_like(picture) if is_blank else picture
-                conversation.add("user", prompt_of(benchmark, question), [shown])
-                conversations.append(conversation)
-            answers = ask(conversations)
+            asked = [ask_record(benchmark, question, data_root, cards) for question in batch]
+            answers = ask([to_conversation(record, image_root(benchmark, data_root), shown) for record in asked])
             written.append(
                 [
-                    {"question_id": question.id, "prompt": prompt_of(benchmark, question), **answer}
-                    for question, answer in zip(batch, answers, strict=True)
+                    {"question_id": record.id, "prompt": prompt_text(record), **answer}
+                    for record, answer in zip(asked, answers, strict=True)
                 ]
             )
             bar.update(len(batch))
@@ -122,6 +120,7 @@ def run_benchmarks(
     batch_size: int = 16,
     blank_baseline: bool = True,
     endpoint: Endpoint | None = None,
+    cards: str = "",
 ) -> None:
     """Run benchmarks and write ``results.json``, ``results.md``, ``report.html`` and ``predictions/``.
 
@@ -137,6 +136,7 @@ def run_benchmarks(
         batch_size: questions at once.
         blank_baseline: whether the same questions are asked of a black image too.
         endpoint: asked in the VLM's place.
+        cards: text of the model cards, for prompts that hold them.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is too small; give at least 1")
@@ -150,24 +150,21 @@ def run_benchmarks(
     results: dict[str, Any] = {}
     for definition in definitions:
         questions = asked[definition.name]
-        modes = (("", False), ("_blank", True)) if blank_baseline else (("", False),)
+        has_blank = blank_baseline and definition.prompt != "text_only"
+        modes = (("", False), ("_blank", True)) if has_blank else (("", False),)
         for ending, is_blank in modes:
             name = f"{definition.name}{ending}"
             shard = folder / "predictions" / f"{name}.shard{rank}.jsonl"
             written = PredictionFile(shard, {**(settings or {}), "world_size": size})
-            predict(definition, questions[rank::size], written, ask, data_root, batch_size, is_blank)
+            predict(definition, questions[rank::size], written, ask, data_root, batch_size, is_blank, cards)
             merged = merge_shards(folder / "predictions", name, [question.id for question in questions])
             if merged is None:
                 continue
             read = read_predictions(merged, [question.id for question in questions])
             results[name] = grade(definition, questions, read)
-            write_items(folder / "predictions" / f"{name}.items.jsonl", definition, questions, read)
+            write_items(folder / "predictions" / f"{name}.items.jsonl", definition, questions, read, data_root)
         results[f"{definition.name}_majority"] = grade(definition, questions, majority_predictions(questions))
     if any(definition.name not in results for definition in definitions):
         print(f"process {rank} of {size} is done; the last one grades")
         return
-    write_json(folder / "results.json", results)
-    (folder / "results.md").write_text(markdown_table(definitions, results), encoding="utf-8")
-    (folder / "report.html").write_text(html_page(definitions, results), encoding="utf-8")
-    print_scores(results)
-    print(f"written to {folder / 'results.json'}, results.md and report.html")
+    write_outputs(folder, definitions, results)
