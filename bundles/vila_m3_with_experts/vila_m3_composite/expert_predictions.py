@@ -91,12 +91,11 @@ def _named_films(files: Sequence[str]) -> list[_Film]:
     for file in files:
         rows = IndexedJsonl(file)
         for index in range(len(rows)):
-            place = {"file": rows.path.name, "row": index + 1}
             try:
                 for name in rows[index].images:
-                    films.setdefault(name, _Film(name, **place))
+                    films.setdefault(name, _Film(name, rows.path.name, index + 1))
             except UserError as error:
-                films[f"{file}\n{index}"] = _Film("", **place, reason=str(error))
+                films[f"{file}\n{index}"] = _Film("", rows.path.name, index + 1, str(error))
     return list(films.values())
 
 
