@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -329,7 +329,8 @@ class Answerer:
         return answers
 
     def _rows_of(self, conversations: Sequence[Conversation]) -> tuple[list[list[Place]], dict[str, np.ndarray]]:
-        rows, images = [], {}
+        rows: list[list[Place]] = []
+        images: dict[str, np.ndarray] = {}
         for conversation in conversations:
             digests = [digest_of(image) for image in conversation.images]
             images |= dict(zip(digests, conversation.images, strict=True))
@@ -360,6 +361,9 @@ class Answerer:
             kept.places = list(first[:shared])
         cache = DynamicCache(config=self.model.config.text_config)
         for index, layer in enumerate(kept.cache.layers if shared else []):
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
             keys, values = (part[:, :, :shared].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
             cache.update(keys, values, index)
         return cache, shared

@@ -13,9 +13,10 @@ import yaml
 from vila_m3_common.conversation import IMAGE_TOKEN
 from vila_m3_common.errors import UserError, near_match_hint
 
-from ..data.record import Record, resolve_image
+from ..data.record import Message, Record, resolve_image
 
-GRADERS = ("exact", "pathvqa")
+GRADERS = ("exact", "pathvqa", "trigger")
+ASKS = ("question", "conversation")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Benchmark:
         counts: what the published score counts, told beside it.
         options: arguments of the reader, such as ``split``.
         suffix: sentence that the reference appends to every question.
+        asks: ``question`` puts each question as the reference does; ``conversation`` gives the record's own turns, as
+            they are, up to its last.
         published: model -> published score in percent.
     """
 
@@ -44,6 +47,7 @@ class Benchmark:
     counts: str
     options: Mapping[str, Any] = field(default_factory=dict)
     suffix: str = ""
+    asks: str = "question"
     published: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -55,9 +59,10 @@ class Question:
         id: as predictions name it.
         text: without ``<image>``, before the suffix.
         answer: the true answer.
-        image: path of its image below the images' folder.
+        image: path of its first image below the images' folder; empty for a question about text alone.
         group: patient (or image) that intervals are drawn by; the question's own id where unknown.
-        kind: ``CLOSED`` or ``OPEN``.
+        kind: ``CLOSED`` or ``OPEN``, or what else the benchmark's scores are told apart by.
+        record: what it was read from.
     """
 
     id: str
@@ -66,6 +71,7 @@ class Question:
     image: str
     group: str
     kind: str
+    record: Record | None = None
 
 
 def list_benchmarks(folder: str | Path) -> dict[str, Path]:
@@ -90,9 +96,11 @@ def load_benchmark(name: str, folder: str | Path) -> Benchmark:
         raise UserError(f"{known[name]} holds no keys; see slake.yaml for an example")
     _check_keys(row, known[name])
     benchmark = Benchmark(name=name, **row)
-    if benchmark.grader not in GRADERS:
-        hint = near_match_hint(benchmark.grader, GRADERS)
-        raise UserError(f"{known[name]}: unknown grader {benchmark.grader!r}; {hint}valid: {', '.join(GRADERS)}")
+    for key, valid in (("grader", GRADERS), ("asks", ASKS)):
+        value = getattr(benchmark, key)
+        if value not in valid:
+            hint = near_match_hint(str(value), valid)
+            raise UserError(f"{known[name]}: unknown {key} {value!r}; {hint}valid: {', '.join(valid)}")
     return benchmark
 
 
@@ -143,23 +151,35 @@ def _reader(benchmark: Benchmark) -> Callable[..., Iterable[Any]]:
 
 
 def _question(record: Record) -> Question:
-    asked, answered = record.messages[0], record.messages[1]
+    asked, answered = record.messages[0], record.messages[-1]
     return Question(
         id=record.id,
         text=asked.text.replace(IMAGE_TOKEN, "").strip(),
         answer=answered.text,
-        image=record.images[0],
+        image=record.images[0] if record.images else "",
         group=str(record.metadata.get("patient") or record.id),
         kind=str(record.metadata.get("answer_type", "")).strip().upper(),
+        record=record,
     )
 
 
 def prompt_of(benchmark: Benchmark, question: Question) -> str:
-    """Return the user turn: image, question, and the suffix where the reference appends one."""
-    lines: Sequence[str] = [IMAGE_TOKEN, question.text, *([benchmark.suffix] if benchmark.suffix else [])]
-    return "\n".join(lines)
+    """Return the user turn: image where there is one, question, and the suffix where the reference appends one."""
+    lines: Sequence[str] = [IMAGE_TOKEN if question.image else "", question.text, benchmark.suffix]
+    return "\n".join(line for line in lines if line)
 
 
-def image_path(benchmark: Benchmark, question: Question, data_root: str | Path) -> Path:
-    """Return the file of a question's image."""
-    return resolve_image(question.image, Path(data_root) / benchmark.folder / benchmark.images)
+def turns_of(benchmark: Benchmark, question: Question) -> tuple[Message, ...]:
+    """Return what is asked: one user turn, or the record's own turns up to the one that is to be answered."""
+    if benchmark.asks == "conversation" and question.record is not None:
+        return question.record.messages[:-1]
+    return (Message("user", prompt_of(benchmark, question)),)
+
+
+def image_paths(benchmark: Benchmark, question: Question, data_root: str | Path) -> list[Path]:
+    """Return the files of a question's images, in the order of their placeholders."""
+    if benchmark.asks == "conversation" and question.record is not None:
+        names: Sequence[str] = question.record.images
+    else:
+        names = [question.image] if question.image else []
+    return [resolve_image(name, Path(data_root) / benchmark.folder / benchmark.images) for name in names]

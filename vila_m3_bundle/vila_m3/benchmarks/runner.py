@@ -2,37 +2,89 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from tqdm import tqdm
 
-from vila_m3_common.conversation import Conversation
+from vila_m3_common.conversation import IMAGE_TOKEN, Conversation
 from vila_m3_common.errors import UserError, exits_with_message
 from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.volumes import load_picture
 
 from ..answer import Answerer
-from .definition import Benchmark, Question, image_path, load_benchmark, prompt_of, read_questions
+from .definition import Benchmark, Question, image_paths, load_benchmark, read_questions, turns_of
 from .endpoint import Endpoint, EndpointError
 from .grading import grade, majority_predictions, print_scores, write_items, write_json
-from .predictions import PredictionFile, read_predictions, read_rows
+from .predictions import PredictionFile, merge_shards, read_predictions, read_shards, shard_path
 from .tables import html_page, markdown_table
 
-Ask = Callable[[Sequence[Conversation]], list[dict[str, Any]]]
+Row = dict[str, Any]
+Ask = Callable[[Sequence[Conversation]], list[Row]]
+Load = Callable[[Path], np.ndarray]
+# One picture for every blank question, so that a model reads it once.
+BLANK = np.zeros((384, 384, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of ``torchrun``."""
+
+    rank: int
+    count: int
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes of ``torchrun``, over the CPU; one that is started alone joins nobody."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    is_mine = count > 1 and not dist.is_initialized()
+    if is_mine:
+        # Processes wait for the slowest one, which may have hours of questions left.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield Processes(rank, count)
+    finally:
+        if is_mine:
+            dist.destroy_process_group()
 
 
 def asks_model(answerer: Answerer) -> Ask:
-    """Return a function that answers a batch with the VLM; an image in several questions is encoded once."""
+    """Return a function that answers a batch with the VLM; a question that it cannot read gets its error."""
 
-    def ask(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-        return [
-            {"text": answer.text, "stop_reason": answer.stop_reason} for answer in answerer.answer_batch(conversations)
-        ]
+    def ask(conversations: Sequence[Conversation]) -> list[Row]:
+        problems: dict[int, str] = {}
+        for place, conversation in enumerate(conversations):
+            try:
+                answerer.tokenize(conversation)
+            except UserError as error:
+                problems[place] = str(error)
+        ready = [conversation for place, conversation in enumerate(conversations) if place not in problems]
+        answers = iter(answerer.answer_batch(ready))
+        rows: list[Row] = []
+        for place in range(len(conversations)):
+            if place in problems:
+                rows.append({"text": "", "error": problems[place]})
+            else:
+                answer = next(answers)
+                rows.append({"text": answer.text, "stop_reason": answer.stop_reason})
+        return rows
 
     return ask
 
@@ -40,68 +92,101 @@ def asks_model(answerer: Answerer) -> Ask:
 def asks_endpoint(endpoint: Endpoint) -> Ask:
     """Return a function that asks an endpoint; a question that it never answers gets its error and no text."""
 
-    def ask(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for conversation in conversations:
-            try:
-                rows.append({"text": endpoint.answer(conversation)})
-            except EndpointError as error:
-                rows.append({"text": "", "error": str(error)})
-        return rows
+    def ask_one(conversation: Conversation) -> Row:
+        try:
+            return {"text": endpoint.answer(conversation)}
+        except EndpointError as error:
+            return {"text": "", "error": str(error)}
+
+    def ask(conversations: Sequence[Conversation]) -> list[Row]:
+        with ThreadPoolExecutor(endpoint.parallel_count) as pool:
+            return list(pool.map(ask_one, conversations))
 
     return ask
 
 
-def predict(
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    written: PredictionFile,
-    ask: Ask,
-    data_root: str,
-    batch_size: int,
-    is_blank: bool,
-) -> None:
-    """Ask what is not yet answered, images in turn so that a batch shares them; append every batch."""
-    load = lru_cache(maxsize=64)(load_picture)
-    waiting = sorted((q for q in questions if q.id not in written.done), key=lambda q: (q.image, len(q.text)))
-    title = f"{benchmark.name}{' (blank)' if is_blank else ''}"
-    with tqdm(total=len(questions), initial=len(questions) - len(waiting), desc=title, unit="question") as bar:
-        for start in range(0, len(waiting), batch_size):
-            batch = waiting[start : start + batch_size]
-            conversations = []
-            for question in batch:
-                picture = load(image_path(benchmark, question, data_root))
-                conversation = Conversation()
-                shown = np.zeros_like(picture) if is_blank else picture
-                conversation.add("user", prompt_of(benchmark, question), [shown])
-                conversations.append(conversation)
-            answers = ask(conversations)
-            written.append(
-                [
-                    {"question_id": question.id, "prompt": prompt_of(benchmark, question), **answer}
-                    for question, answer in zip(batch, answers, strict=True)
-                ]
-            )
-            bar.update(len(batch))
+def conversation_of(
+    benchmark: Benchmark, question: Question, data_root: str, load: Load, is_blank: bool = False
+) -> Conversation:
+    """Return what the model reads.
+
+    Args:
+        benchmark: says in which form.
+        question: one of its questions.
+        data_root: folder with the data sets' folders.
+        load: reads a file as ``(H, W, 3)`` uint8.
+        is_blank: whether a black picture stands in for each image.
+
+    Raises:
+        UserError: for images that cannot be read, or too few or too many of them.
+    """
+    paths = image_paths(benchmark, question, data_root)
+    turns = turns_of(benchmark, question)
+    if sum(turn.text.count(IMAGE_TOKEN) for turn in turns) != len(paths):
+        raise UserError(f"question {question.id} has {len(paths)} images for another number of {IMAGE_TOKEN}")
+    images = iter([BLANK if is_blank else load(path) for path in paths])
+    conversation = Conversation()
+    for turn in turns:
+        conversation.add(turn.role, turn.text, [next(images) for _ in range(turn.text.count(IMAGE_TOKEN))])
+    return conversation
 
 
-def merge_shards(folder: Path, name: str, known: Sequence[str]) -> Path | None:
-    """Join the processes' files into ``<name>.jsonl`` in the order of the questions; None while answers are missing."""
-    rows = {
-        str(row["question_id"]): row
-        for path in sorted(folder.glob(f"{name}.shard*.jsonl"))
-        for row in read_rows(path)[0]
-    }
-    if not all(question_id in rows for question_id in known):
-        return None
-    merged = folder / f"{name}.jsonl"
-    merged.unlink(missing_ok=True)
-    PredictionFile(merged, {}).append([_without_sum(rows[question_id]) for question_id in known])
-    return merged
+class Questioner:
+    """Asks the questions of one benchmark that have no answer yet.
+
+    Args:
+        benchmark: what is asked.
+        ask: answers a batch.
+        data_root: folder with the data sets' folders.
+        batch_size: questions at once.
+        is_blank: whether black pictures are shown.
+    """
+
+    def __init__(self, benchmark: Benchmark, ask: Ask, data_root: str, batch_size: int, is_blank: bool = False) -> None:
+        self.benchmark, self.ask, self.data_root = benchmark, ask, data_root
+        self.batch_size, self.is_blank = batch_size, is_blank
+        self.load: Load = lru_cache(maxsize=64)(load_picture)
+
+    def run(self, questions: Sequence[Question], written: PredictionFile, done: set[str], rank: int = 0) -> None:
+        """Append the answers of ``questions`` but those ``done``, batch by batch, questions of one image together."""
+        waiting = sorted((q for q in questions if q.id not in done), key=lambda q: (q.image, len(q.text)))
+        title = f"{self.benchmark.name}{' (blank)' if self.is_blank else ''}"
+        bar = tqdm(
+            total=len(questions), initial=len(questions) - len(waiting), desc=title, unit="question", position=rank
+        )
+        with bar:
+            for start in range(0, len(waiting), self.batch_size):
+                batch = waiting[start : start + self.batch_size]
+                written.append(self.answer(batch))
+                bar.update(len(batch))
+
+    def answer(self, batch: Sequence[Question]) -> list[Row]:
+        """Return a row for each question: its turns, the answer or the error."""
+        rows: dict[str, Row] = {}
+        ready: dict[str, Conversation] = {}
+        for question in batch:
+            try:
+                ready[question.id] = conversation_of(self.benchmark, question, self.data_root, self.load, self.is_blank)
+            except (UserError, OSError) as error:
+                rows[question.id] = {"text": "", "error": str(error)}
+        if ready:
+            rows |= dict(zip(ready, self.ask(list(ready.values())), strict=True))
+        return [
+            {"question_id": question.id, "prompt": prompt_text(self.benchmark, question), **rows[question.id]}
+            for question in batch
+        ]
 
 
-def _without_sum(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "sha256"}
+def prompt_text(benchmark: Benchmark, question: Question) -> str | list[dict[str, str]]:
+    """Return what was asked as it is written down: the text of one turn, or the turns."""
+    turns = turns_of(benchmark, question)
+    return turns[0].text if len(turns) == 1 else [{"role": turn.role, "text": turn.text} for turn in turns]
+
+
+def _fingerprint(benchmark: Benchmark, questions: Sequence[Question]) -> str:
+    """Tell one set of prompts from another, so that answers to an older one are not taken for these."""
+    texts = [(question.id, prompt_text(benchmark, question)) for question in questions]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _check_names(benchmarks: Any) -> list[str]:
@@ -125,7 +210,8 @@ def run_benchmarks(
 ) -> None:
     """Run benchmarks and write ``results.json``, ``results.md``, ``report.html`` and ``predictions/``.
 
-    With ``torchrun`` each process answers every n-th question; the one that finishes last grades.
+    With ``torchrun`` each process answers every n-th question; the first one grades when all are done. A run that
+    was cut off goes on, with any number of processes.
 
     Args:
         benchmarks: names of YAML files.
@@ -133,7 +219,7 @@ def run_benchmarks(
         output_dir: where to write; a run that was cut off goes on there.
         benchmarks_dir: folder of the YAML files.
         answerer: the VLM; not needed with an endpoint.
-        settings: what the answers depend on, such as the checkpoint.
+        settings: what the VLM's answers depend on, such as the checkpoint.
         batch_size: questions at once.
         blank_baseline: whether the same questions are asked of a black image too.
         endpoint: asked in the VLM's place.
@@ -145,29 +231,55 @@ def run_benchmarks(
     if endpoint is None and answerer is None:
         raise UserError("neither a model nor an endpoint was given")
     ask = asks_endpoint(endpoint) if endpoint is not None else asks_model(answerer)  # type: ignore[arg-type]
-    folder = make_output_dir(output_dir)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings = endpoint.settings if endpoint is not None else settings or {}
+    folder = make_output_dir(output_dir) / "predictions"
+    with joined_processes() as processes:
+        for definition in definitions:
+            for is_blank in (False, True) if blank_baseline else (False,):
+                questioner = Questioner(definition, ask, data_root, batch_size, is_blank)
+                _ask_share(questioner, asked[definition.name], settings, folder, processes)
+        processes.wait()
+        if processes.rank == 0:
+            _grade_all(definitions, asked, folder, blank_baseline)
+        processes.wait()
+
+
+def run_name(definition: Benchmark, is_blank: bool) -> str:
+    """Return the name of a benchmark's predictions and scores."""
+    return f"{definition.name}_blank" if is_blank else definition.name
+
+
+def _ask_share(
+    questioner: Questioner,
+    questions: Sequence[Question],
+    settings: Mapping[str, Any],
+    folder: Path,
+    processes: Processes,
+) -> None:
+    """Ask this process's share of the questions."""
+    name = run_name(questioner.benchmark, questioner.is_blank)
+    told = {**settings, "questions": _fingerprint(questioner.benchmark, questions)}
+    written = PredictionFile(shard_path(folder, name, processes.rank), told)
+    done = {question_id for question_id, row in read_shards(folder, name).items() if not row.get("error")}
+    questioner.run(questions[processes.rank :: processes.count], written, done, processes.rank)
+
+
+def _grade_all(
+    definitions: Sequence[Benchmark], asked: Mapping[str, Sequence[Question]], folder: Path, blank_baseline: bool
+) -> None:
     results: dict[str, Any] = {}
     for definition in definitions:
         questions = asked[definition.name]
-        modes = (("", False), ("_blank", True)) if blank_baseline else (("", False),)
-        for ending, is_blank in modes:
-            name = f"{definition.name}{ending}"
-            shard = folder / "predictions" / f"{name}.shard{rank}.jsonl"
-            written = PredictionFile(shard, {**(settings or {}), "world_size": size})
-            predict(definition, questions[rank::size], written, ask, data_root, batch_size, is_blank)
-            merged = merge_shards(folder / "predictions", name, [question.id for question in questions])
-            if merged is None:
-                continue
-            read = read_predictions(merged, [question.id for question in questions])
+        known = [question.id for question in questions]
+        for is_blank in (False, True) if blank_baseline else (False,):
+            name = run_name(definition, is_blank)
+            read = read_predictions(merge_shards(folder, name, known), known)
             results[name] = grade(definition, questions, read)
-            write_items(folder / "predictions" / f"{name}.items.jsonl", definition, questions, read)
+            write_items(folder / f"{name}.items.jsonl", definition, questions, read)
         results[f"{definition.name}_majority"] = grade(definition, questions, majority_predictions(questions))
-    if any(definition.name not in results for definition in definitions):
-        print(f"process {rank} of {size} is done; the last one grades")
-        return
-    write_json(folder / "results.json", results)
-    (folder / "results.md").write_text(markdown_table(definitions, results), encoding="utf-8")
-    (folder / "report.html").write_text(html_page(definitions, results), encoding="utf-8")
+    output = folder.parent
+    write_json(output / "results.json", results)
+    (output / "results.md").write_text(markdown_table(definitions, results), encoding="utf-8")
+    (output / "report.html").write_text(html_page(definitions, results), encoding="utf-8")
     print_scores(results)
-    print(f"written to {folder / 'results.json'}, results.md and report.html")
+    print(f"written to {output / 'results.json'}, results.md and report.html")
