@@ -1,6 +1,6 @@
 """Speed of the benchmark runner on SLAKE with the nano weights, as a ratio within one run. Run with ``make bench``.
 
-Against the way of the reference: one question at a time through transformers' ``generate``, with the image and the whole
+Against the way of the reference: one question at a time by `generate` of transformers, with the image and the whole
 prompt encoded for each. Two threads, fp32, greedy, at most 64 new tokens; blocks of questions in turn, so that a slower
 minute of the machine slows both sides.
 """

@@ -17,6 +17,7 @@ from .definition import Benchmark, Question, load_benchmark, read_questions
 from .predictions import Predictions, read_predictions
 from .published import exact_match, pathvqa_match
 from .statistics import bootstrap_interval
+from .triggers import grade_triggers, trigger_items
 
 
 def score(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Pred
         ``accuracy`` (as published) and ``corrected_accuracy`` with interval and count, closed and open apart,
         ``unparsable``, ``counts`` and ``notes``.
     """
+    if benchmark.grader == "trigger":
+        return grade_triggers(benchmark, questions, predictions)
     groups = {question.id: question.group for question in questions}
     published = published_items(benchmark, questions, predictions)
     corrected = corrected_items(questions, predictions)
@@ -122,6 +125,10 @@ def run_grading(benchmark: str, predictions: str, data_root: str, output_dir: st
 
 def write_items(path: Path, definition: Benchmark, questions: Sequence[Question], read: Predictions) -> None:
     """Write what each question was graded, one line each."""
+    if definition.grader == "trigger":
+        graded = trigger_items(questions, read)
+        path.write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
+        return
     published, corrected = published_items(definition, questions, read), corrected_items(questions, read)
     rows = (
         {
