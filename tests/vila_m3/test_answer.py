@@ -212,6 +212,19 @@ def test_a_longer_and_a_shorter_common_beginning_follow_each_other(answerer: Ans
         assert [answer.text for answer in answerer.answer_batch(talks)] == alone
 
 
+def test_confidence_is_the_probability_of_the_very_answer(answerer: Answerer, model: Any, processor: Any) -> None:
+    talks = [conversation(FIRST), conversation(("user", "no image at all", ()))]
+    for talk, answer in zip(talks, answerer.answer_batch(talks), strict=True):
+        encoded = processor.encode(talk)
+        ids = torch.tensor(list(answerer.generate(talk)))
+        whole = torch.cat([encoded.input_ids, ids])[None]
+        logits = model(whole, encoded.pixel_values).logits[0, len(encoded.input_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, ids[:, None]).sum().exp().detach()
+        assert answer.confidence == pytest.approx(float(expected), rel=1e-3)
+    sampled = Answerer(model, processor, 4, Sampling(temperature=1)).answer_batch(talks)
+    assert sampled[0].confidence is None
+
+
 def test_a_sampled_batch_equals_its_conversations_alone(model: Any, processor: Any) -> None:
     answerer = Answerer(model, processor, 8, Sampling(temperature=1.5, top_k=20, seed=3))
     talks = [conversation(FIRST), conversation(("user", "no image at all", ()))]

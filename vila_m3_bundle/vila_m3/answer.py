@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class Sampling:
         if self.temperature == 0:
             return lambda logits: logits.argmax()
         # The warpers look at the scores alone.
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
         if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -110,11 +111,19 @@ class AnswerReport:
 
 @dataclass(frozen=True)
 class Answered:
-    """One answer of a batch: its text, why it ended, and its length in tokens."""
+    """One answer of a batch.
+
+    Args:
+        text: what was said.
+        stop_reason: why it ended.
+        new_token_count: its length in tokens, without the stop token.
+        confidence: the model's probability of this very answer, stop token included; None when it was sampled.
+    """
 
     text: str
     stop_reason: StopReason
     new_token_count: int
+    confidence: float | None = None
 
     @property
     def is_cut(self) -> bool:
@@ -128,6 +137,18 @@ class _Kept:
 
     cache: DynamicCache
     places: list[Place] = field(default_factory=list)
+
+
+@dataclass
+class _Generated:
+    """Tokens of one row of a batch, and the logarithm of the probability of them all."""
+
+    ids: list[int] = field(default_factory=list)
+    log_probability: float = 0.0
+
+    def add(self, token: int, log_probability: float) -> None:
+        self.ids.append(token)
+        self.log_probability += log_probability
 
 
 class Answerer:
@@ -322,7 +343,7 @@ class Answerer:
         report.prompt_token_count, report.reused_token_count = sum(map(len, rows)), shared * len(rows)
         limits = [min(self.max_new_tokens, self.model.context_length - len(row)) for row in rows]
         generated = self._decode([row[shared:] for row in rows], shared, features, cache, limits)
-        answers = [self._answered(ids, limit) for ids, limit in zip(generated, limits, strict=True)]
+        answers = [self._answered(row, limit) for row, limit in zip(generated, limits, strict=True)]
         report.new_token_count = sum(answer.new_token_count for answer in answers)
         report.stop_reason = next((answer.stop_reason for answer in answers if answer.is_cut), "stop token")
         report.seconds = time.perf_counter() - start
@@ -385,25 +406,26 @@ class Answerer:
         features: Mapping[str, torch.Tensor],
         cache: DynamicCache,
         limits: Sequence[int],
-    ) -> list[list[int]]:
-        """Generate the token ids of each row, its stop token included, behind the ``shared`` places of ``cache``."""
+    ) -> list[_Generated]:
+        """Generate the tokens of each row, its stop token included, behind the ``shared`` places of ``cache``."""
         mask = pad_rows([torch.ones(len(row), dtype=torch.long) for row in rows], 0, "left").to(self.model.device)
         mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
         choosers = [self.sampling.chooser() for _ in rows]
-        embeddings, generated = self._embed_batch(rows, features), [list[int]() for _ in rows]
+        embeddings, generated = self._embed_batch(rows, features), [_Generated() for _ in rows]
         active = list(range(len(rows)))
         while active:
             logits = self._batch_step(embeddings, cache, mask, positions)
-            for row, token in zip(active, self._choose(logits, [choosers[row] for row in active]), strict=True):
-                if len(generated[row]) < limits[row]:
-                    generated[row].append(token)
-            alive = [place for place, row in enumerate(active) if self._is_going_on(generated[row], limits[row])]
+            tokens, logs = self._choose(logits, [choosers[row] for row in active])
+            for row, token, log in zip(active, tokens, logs, strict=True):
+                if len(generated[row].ids) < limits[row]:
+                    generated[row].add(token, log)
+            alive = [place for place, row in enumerate(active) if self._is_going_on(generated[row].ids, limits[row])]
             if len(alive) < len(active):
                 chosen = torch.tensor(alive, device=mask.device, dtype=torch.long)
                 cache.batch_select_indices(chosen)
                 mask, positions, active = mask[chosen], positions[chosen], [active[place] for place in alive]
-            last = torch.tensor([generated[row][-1:] for row in active], device=mask.device, dtype=torch.long)
+            last = torch.tensor([generated[row].ids[-1:] for row in active], device=mask.device, dtype=torch.long)
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
             positions = positions[:, -1:] + 1
             embeddings = self.model.get_input_embeddings()(last)
@@ -423,20 +445,28 @@ class Answerer:
         )
         return outputs.logits[:, -1]
 
-    def _choose(self, logits: torch.Tensor, choosers: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> list[int]:
+    def _choose(
+        self, logits: torch.Tensor, choosers: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    ) -> tuple[list[int], list[float]]:
+        """Return the next token of each row, and the logarithms of their probabilities."""
         if self.sampling.temperature == 0:
-            return [int(token) for token in logits.argmax(-1).tolist()]
-        return [int(choose(row)) for choose, row in zip(choosers, logits, strict=True)]
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.stack([choose(row) for choose, row in zip(choosers, logits, strict=True)])
+        chosen = logits.gather(1, tokens[:, None])[:, 0].float()
+        return tokens.tolist(), (chosen - logits.float().logsumexp(-1)).tolist()
 
     def _is_going_on(self, token_ids: Sequence[int], limit: int) -> bool:
         return len(token_ids) < limit and token_ids[-1] not in self.stop_ids
 
-    def _answered(self, token_ids: list[int], limit: int) -> Answered:
+    def _answered(self, generated: _Generated, limit: int) -> Answered:
         """Take the stop token off a generated row, and say why it ended."""
-        if token_ids and token_ids[-1] in self.stop_ids:
-            return Answered(self.processor.decode(token_ids[:-1]), "stop token", len(token_ids) - 1)
+        ids = generated.ids
+        confidence = math.exp(generated.log_probability) if self.sampling.temperature == 0 else None
+        if ids and ids[-1] in self.stop_ids:
+            return Answered(self.processor.decode(ids[:-1]), "stop token", len(ids) - 1, confidence)
         reason: StopReason = "max_new_tokens" if limit == self.max_new_tokens else "context"
-        return Answered(self.processor.decode(token_ids), reason, len(token_ids))
+        return Answered(self.processor.decode(ids), reason, len(ids), confidence)
 
 
 def eos_ids(model: VilaM3ForConditionalGeneration) -> frozenset[int]:

@@ -83,7 +83,7 @@ def asks_model(answerer: Answerer) -> Ask:
                 rows.append({"text": "", "error": problems[place]})
             else:
                 answer = next(answers)
-                rows.append({"text": answer.text, "stop_reason": answer.stop_reason})
+                rows.append({"text": answer.text, "stop_reason": answer.stop_reason, "confidence": answer.confidence})
         return rows
 
     return ask
