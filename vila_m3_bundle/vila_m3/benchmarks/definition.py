@@ -15,7 +15,7 @@ from vila_m3_common.errors import UserError, near_match_hint
 
 from ..data.record import Message, Record, resolve_image
 
-GRADERS = ("exact", "pathvqa", "trigger")
+GRADERS = ("exact", "pathvqa", "choice", "trigger")
 ASKS = ("question", "conversation")
 
 

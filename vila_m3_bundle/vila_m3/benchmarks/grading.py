@@ -13,6 +13,7 @@ from vila_m3_common.standalone import make_output_dir
 
 from ..resumable_files import write_atomically
 from .answers import is_right
+from .choice import is_choice_right
 from .definition import Benchmark, Question, load_benchmark, read_questions
 from .predictions import Predictions, read_predictions
 from .published import exact_match, pathvqa_match
@@ -39,16 +40,24 @@ def published_items(benchmark: Benchmark, questions: Sequence[Question], predict
     return exact_match({question.id: question.answer for question in questions}, predictions.lines)
 
 
-def corrected_items(questions: Sequence[Question], predictions: Predictions) -> dict[str, bool | None]:
+def corrected_items(
+    benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions
+) -> dict[str, bool | None]:
     """Return question id -> right by the grammar of :mod:`.answers`; None is unparsable, a missing answer wrong.
 
     Ids are compared as text, so that the number 1 is the id "1".
     """
     texts = {str(name): text for name, text in predictions.lines}
     return {
-        question.id: is_right(question.answer, texts[question.id]) if question.id in texts else False
+        question.id: _is_right(benchmark, question, texts[question.id]) if question.id in texts else False
         for question in questions
     }
+
+
+def _is_right(benchmark: Benchmark, question: Question, text: str) -> bool | None:
+    if benchmark.grader == "choice":
+        return is_choice_right(question.text, question.answer, text)
+    return is_right(question.answer, text)
 
 
 def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> dict[str, Any]:
@@ -62,7 +71,7 @@ def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Pred
         return grade_triggers(benchmark, questions, predictions)
     groups = {question.id: question.group for question in questions}
     published = published_items(benchmark, questions, predictions)
-    corrected = corrected_items(questions, predictions)
+    corrected = corrected_items(benchmark, questions, predictions)
     results: dict[str, Any] = {
         "accuracy": score([float(right) for right in published.values()], [groups[name] for name in published]),
         "corrected_accuracy": score([float(bool(right)) for right in corrected.values()], list(groups.values())),
@@ -129,7 +138,7 @@ def write_items(path: Path, definition: Benchmark, questions: Sequence[Question]
         graded = trigger_items(questions, read)
         path.write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
         return
-    published, corrected = published_items(definition, questions, read), corrected_items(questions, read)
+    published, corrected = published_items(definition, questions, read), corrected_items(definition, questions, read)
     rows = (
         {
             "question_id": question.id,
