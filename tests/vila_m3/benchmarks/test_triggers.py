@@ -14,7 +14,8 @@ from vila_m3.benchmarks.nih import held_out_films
 from vila_m3.benchmarks.predictions import Predictions
 from vila_m3.benchmarks.runner import conversation_of
 from vila_m3.data.record import parse_row
-from vila_m3.questions import is_held_out
+from vila_m3.questions import is_held_out, tables
+from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError
 from vila_m3_common.prompts import opening
 from vila_m3_common.trigger import parse_triggers
@@ -83,9 +84,17 @@ def test_cases_are_of_every_kind_and_follow_their_seed(data_root: Path, cards: s
 def test_no_wording_of_training_is_asked(questions: list[Question], cards: str) -> None:
     for question in questions:
         assert question.record is not None
-        if question.record.metadata["kind"] in ("tables", "real films", "no expert"):
-            asked = question.record.messages[0].text.removeprefix(cards).partition("\n")[2]
-            assert is_held_out(asked), asked
+        asked = [message.text for message in question.record.messages if message.role == "user"]
+        last = asked[-1] if len(asked) > 1 else asked[0].removeprefix(cards).partition("\n")[2]
+        assert question.record.metadata["kind"] == "far wordings" or is_held_out(last), last
+
+
+def test_a_table_without_a_kept_wording_gives_no_case(cards: str) -> None:
+    for text in tables()["mri_grade"]:
+        turns = Conversation()
+        turns.add("user", opening("CT", text, cards), [np.zeros((4, 4, 3), np.uint8)])
+        assert not trigger_cases.is_unseen(trigger_cases.Case(turns, "", "tables", "CT", "p"), cards)
+        assert trigger_cases.is_unseen(trigger_cases.Case(turns, "", "far wordings", "CT", "p"), cards)
 
 
 def test_decoys_and_unread_images_want_nobody(questions: list[Question]) -> None:
