@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from vila_m3.answer import Answerer
-from vila_m3.benchmarks.definition import load_benchmark, read_questions
+from vila_m3.benchmarks.asking import ask_record
+from vila_m3.benchmarks.definition import image_root, load_benchmark, read_questions
 from vila_m3.benchmarks.predictions import PredictionFile
-from vila_m3.benchmarks.runner import Questioner, asks_model, conversation_of
+from vila_m3.benchmarks.runner import Questioner, asks_model
 from vila_m3.checkpoint import load_checkpoint, load_processor
-from vila_m3_common.volumes import load_picture
+from vila_m3.data.record import to_conversation
 
 pytestmark = pytest.mark.bench
 BLOCK, BLOCKS = 96, 3
@@ -47,7 +48,7 @@ def test_the_runner_is_four_times_as_fast_as_the_references_way(repository: Path
     def one_by_one(start: int) -> list[str]:
         texts = []
         for question in questions[start : start + BLOCK]:
-            talk = conversation_of(benchmark, question, data_root, load_picture)
+            talk = to_conversation(ask_record(benchmark, question, data_root), image_root(benchmark, data_root))
             encoded = processor.encode(talk)
             ids = model.generate(
                 encoded.input_ids[None],

@@ -29,7 +29,12 @@ from vila_m3_common.volumes import load_picture
 MODALITIES = ("CT", "MRI", "CXR")
 
 
-def _run(expert: BundleExpert, paths: Sequence[str], work: Path, argument: str, index: int | None) -> ExpertResult:
+def run_on(expert: BundleExpert, paths: Sequence[str], work: Path, argument: str, index: int | None) -> ExpertResult:
+    """Run an expert on one study.
+
+    Raises:
+        UserError: if the expert could not answer.
+    """
     result = expert.run(ExpertRequest(tuple(paths), argument, index, 2, "", str(work), "case"))
     if result.is_error:
         raise UserError(f"the expert failed: {result.text}")
@@ -53,7 +58,7 @@ def ct_records(
     volume = _ras(paths[0])
     index = volume.shape[2] // 2
     image = _save(window_ct(take_slice(volume, index)), folder, f"{name}_img.png")
-    result = _run(expert, paths, folder / "work", "everything", index)
+    result = run_on(expert, paths, folder / "work", "everything", index)
     label = _save(result.images[0], folder, f"{name}_label.png") if result.images else ""
     if label:
         legend, question = list(result.legend.items()), pick(wordings("describe"), rng, held_out)
@@ -68,14 +73,14 @@ def mri_records(
     name: str, paths: Sequence[str], expert: BundleExpert, cards: str, folder: Path, rng: random.Random, held_out: bool
 ) -> Iterator[Record]:
     """Ask what four sequences (T1c, T1, T2, FLAIR) are, and for a segmentation of the slice with most tumour."""
-    result = _run(expert, paths, folder / "work", "", None)
+    result = run_on(expert, paths, folder / "work", "", None)
     labels = _ras(str(result.label_map_path))
     index = int(np.argmax((labels > 0).sum(axis=(0, 1)))) if labels.any() else labels.shape[2] // 2
     volumes = [_ras(path) for path in paths]
     greys = [scale_min_max(take_slice(volume, index), float(volume.min()), float(volume.max())) for volume in volumes]
     images = [_save(grey, folder, f"{name}_{number}.png") for number, grey in enumerate(greys)]
     yield brats.describe_record(f"{name}_what", images, "", pick(wordings("describe"), rng, held_out), cards)
-    shown = _run(expert, paths, folder / "work", "", index)
+    shown = run_on(expert, paths, folder / "work", "", index)
     present = [int(label) for label in np.unique(take_slice(labels, index)) if label]
     if shown.images and present:
         label_image = _save(shown.images[0], folder, f"{name}_label.png")
@@ -88,7 +93,7 @@ def cxr_records(
 ) -> Iterator[Record]:
     """Ask for all findings of a radiograph, and for one; the answers are the expert's own."""
     image = _save(load_picture(paths[0]), folder, f"{name}.png")
-    scores = _run(expert, paths, folder / "work", "", None).scores
+    scores = run_on(expert, paths, folder / "work", "", None).scores
     positive = [finding for finding, score in scores.items() if score > 0.5]
     asked = rng.choice(sorted(scores))
     noun = tables()["cxr_findings"][asked][0]

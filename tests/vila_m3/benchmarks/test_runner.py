@@ -187,11 +187,16 @@ def test_each_image_is_encoded_once_and_blank_ones_are_one(
 
 
 def test_a_blank_picture_shows_nothing(tmp_path: Path, slake: Benchmark) -> None:
-    question = read_questions(slake, write_slake(tmp_path, 1))[0]
-    load = lambda path: np.full((8, 8, 3), 9, np.uint8)  # noqa: E731
-    shown = runner.conversation_of(slake, question, str(tmp_path), load, is_blank=True).images
-    assert not shown[0].any()
-    assert runner.conversation_of(slake, question, str(tmp_path), load).images[0].all()
+    shown: list[np.ndarray] = []
+
+    def ask(talks: Any) -> list[dict[str, Any]]:
+        shown.extend(talk.images[0] for talk in talks)
+        return [{"text": ""} for _ in talks]
+
+    questions = read_questions(slake, write_slake(tmp_path, 1))
+    for is_blank in (True, False):
+        runner.Questioner(slake, ask, str(tmp_path), 1, is_blank).answer(questions)
+    assert [image.any() for image in shown] == [False, True]
 
 
 def test_an_address_without_a_model_is_refused() -> None:

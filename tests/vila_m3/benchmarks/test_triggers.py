@@ -8,18 +8,17 @@ import pytest
 from PIL import Image
 
 from vila_m3.benchmarks import trigger_cases, triggers
-from vila_m3.benchmarks.definition import Benchmark, Question, load_benchmark, read_questions
+from vila_m3.benchmarks.asking import ask_record
+from vila_m3.benchmarks.definition import Benchmark, Question, image_root, load_benchmark, read_questions
 from vila_m3.benchmarks.grading import grade, write_items
 from vila_m3.benchmarks.nih import held_out_films
 from vila_m3.benchmarks.predictions import Predictions
-from vila_m3.benchmarks.runner import conversation_of
-from vila_m3.data.record import parse_row
+from vila_m3.data.record import parse_row, to_conversation
 from vila_m3.questions import is_held_out, tables
 from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError
 from vila_m3_common.prompts import opening
 from vila_m3_common.trigger import parse_triggers
-from vila_m3_common.volumes import load_picture
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +116,14 @@ def test_a_case_is_asked_as_the_model_is_served(
     benchmark: Benchmark, questions: list[Question], data_root: Path, cards: str
 ) -> None:
     case = next(q for q in questions if q.record and q.record.metadata["modality"] == "MRI")
-    talk = conversation_of(benchmark, case, str(data_root), load_picture)
+    talk = to_conversation(ask_record(benchmark, case, data_root), image_root(benchmark, data_root))
     assert talk.turns[0].text.startswith(opening("MRI", "", cards))
     assert len(talk.turns[0].images) == 4
     assert talk.turns[-1].role != "assistant"
 
 
 def test_right_and_wrong_answers_are_counted_by_kind(
-    benchmark: Benchmark, questions: list[Question], tmp_path: Path
+    benchmark: Benchmark, questions: list[Question], data_root: Path, tmp_path: Path
 ) -> None:
     perfect = grade(benchmark, questions, Predictions(tuple((q.id, q.answer) for q in questions)))
     assert perfect["accuracy"]["value"] == perfect["corrected_accuracy"]["value"] == 1
@@ -142,7 +141,7 @@ def test_right_and_wrong_answers_are_counted_by_kind(
     assert sum(map(sum, confusion["matrix"])) == len(questions)
     column = confusion["labels"].index("CXR")
     assert all(row[column] == sum(row) for row in confusion["matrix"])
-    write_items(tmp_path / "items.jsonl", benchmark, questions, always)
+    write_items(tmp_path / "items.jsonl", benchmark, questions, always, data_root)
     rows = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert {row["outcome"] for row in rows} == {"right", "spurious", "wrong expert"}
 

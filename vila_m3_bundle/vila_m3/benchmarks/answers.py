@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from vila_m3_common.prompts import CXR_FINDINGS
 from vila_m3_common.trigger import parse_triggers
 
 from .published import normalize_word
@@ -51,6 +52,7 @@ _REFUSALS = re.compile(
 )
 _LABEL = re.compile(r"^\s*(?:[A-Za-z][\w'-]*\s+){0,3}[A-Za-z][\w'-]*\s*:\s*")
 _EVIDENCE = re.compile(r"\b(there (is|are)|evidence of|signs? of|shows?|demonstrates?|seen|visible|consistent with)\b")
+_ASIDE = re.compile(r"\([^()]*\)")
 _EXPLANATION = re.compile(
     r"\n|(?<=\w)\.(?:\s|$)|,\s+(?=(?:this|that|because|as|since|which|it|the|there)\b)", re.IGNORECASE
 )
@@ -77,6 +79,7 @@ def drop_label(text: str) -> str:
 def parse_yes_no(text: str) -> YesNo | None:
     """Read an answer to a question that yes or no answers; None if it decides neither.
 
+    A remark in brackets counts only where the rest decides nothing.
     A text that starts with a side is that side ("Yes, but not certain"); else the words *yes* and *no* outweigh
     others, and the last of them counts ("cannot exclude ... yes"); else a negation makes a no, and a positive
     word or a statement ("There is evidence of effusion") a yes.
@@ -84,6 +87,12 @@ def parse_yes_no(text: str) -> YesNo | None:
     if is_unparsable(text):
         return None
     lowered = drop_label(text.lower().replace("\u2019", "'")).strip().strip("\"'()[]*. ")
+    rest = _ASIDE.sub(" ", lowered)
+    return (_decide(rest) if re.search(r"\w", rest) else None) or _decide(lowered)
+
+
+def _decide(lowered: str) -> YesNo | None:
+    lowered = lowered.strip()
     if lowered.startswith(("no evidence", "no sign")):
         return "no"
     without_hedges = _HEDGES.sub(" ", lowered)
@@ -101,9 +110,44 @@ def parse_yes_no(text: str) -> YesNo | None:
 def _from_polarity(words: Sequence[str], text: str) -> YesNo | None:
     if any(word in NEGATIVE or word.endswith("n't") for word in words):
         return "no"
-    if any(word in POSITIVE for word in words) or _EVIDENCE.search(text):
+    if any(word in POSITIVE for word in words) or _EVIDENCE.search(text) or "think so" in text:
         return "yes"
     return None
+
+
+# Names of one finding; longer ones first, so that the short ones are not found inside them.
+_SAME_FINDING = {
+    "pleural effusion": "effusion",
+    "lung opacity": "opacity",
+    "airspace opacity": "opacity",
+    "enlarged heart": "cardiomegaly",
+}
+_FINDINGS = {_SAME_FINDING.get(name, name) for name in (item.lower().replace("_", " ") for item in CXR_FINDINGS)}
+
+
+def parse_finding(text: str, finding: str) -> YesNo | None:
+    """Read an answer to the question whether a finding is present; None if it decides nothing about this one.
+
+    The words *yes* and *no* decide. Otherwise an answer that names other findings and not this one says nothing about
+    it ("(B) Cardiomegaly", asked for a fracture), and one that names it says yes ("The patient has cardiomegaly")
+    unless it is negated.
+    """
+    read = parse_yes_no(text)
+    words = _spell_findings(drop_label(text))
+    if re.search(r"\b(yes|no)\b(?!\s+\w)", words) or is_unparsable(text):
+        return read
+    asked = _spell_findings(finding).strip()
+    if re.search(rf"\b{re.escape(asked)}\b", words):
+        return read or "yes"
+    names_other = any(re.search(rf"\b{re.escape(name)}\b", words) for name in _FINDINGS - {asked})
+    return None if names_other else read
+
+
+def _spell_findings(text: str) -> str:
+    lowered = text.lower().replace("_", " ")
+    for name, short in _SAME_FINDING.items():
+        lowered = lowered.replace(name, short)
+    return lowered
 
 
 def parse_letters(text: str, options: Sequence[str]) -> tuple[str, ...] | None:
@@ -129,6 +173,8 @@ def parse_letters(text: str, options: Sequence[str]) -> tuple[str, ...] | None:
         found = [mark for mark in re.findall(r"[A-Za-z]+", drop_label(body)) if len(mark) == 1]
     if found:
         return tuple(sorted({letter.upper() for letter in found}))
+    if body.strip().lower().rstrip(".") == "none" and options[-1].lower().startswith("none"):
+        return (letters[-1],)
     lowered = f" {normalize_word(body.lower())} "
     named = [
         letter for letter, name in zip(letters, options, strict=True) if f" {normalize_word(name.lower())} " in lowered

@@ -12,11 +12,15 @@ import yaml
 
 from vila_m3_common.conversation import IMAGE_TOKEN
 from vila_m3_common.errors import UserError, near_match_hint
+from vila_m3_common.prompts import FINDING_FORMS
 
-from ..data.record import Message, Record, resolve_image
+from ..data.record import Record, resolve_image
+from .report_metrics import METRICS
 
-GRADERS = ("exact", "pathvqa", "choice", "trigger")
-ASKS = ("question", "conversation")
+GRADERS = ("exact", "pathvqa", "diff_vqa", "chestxray14", "chexpert", "report", "choice", "trigger")
+PROMPTS = ("question", "report", "conversation", *FINDING_FORMS)
+_NEED_EXPERT = ("binary_conv", "text_only")
+INCLUDE = "include"
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,11 @@ class Benchmark:
         counts: what the published score counts, told beside it.
         options: arguments of the reader, such as ``split``.
         suffix: sentence that the reference appends to every question.
-        asks: ``question`` puts each question as the reference does; ``conversation`` gives the record's own turns, as
-            they are, up to its last.
-        published: model -> published score in percent.
+        published: model -> published score in percent, or -> metric -> score.
+        prompt: form of the question; those of findings are :data:`vila_m3_common.prompts.FINDING_FORMS`, and
+            ``conversation`` gives the record's own turns, as they are, up to its last.
+        expert: folder of an expert's saved findings, below ``data_root``; empty asks without an expert.
+        metrics: what tables show, the headline first.
     """
 
     name: str
@@ -47,8 +53,19 @@ class Benchmark:
     counts: str
     options: Mapping[str, Any] = field(default_factory=dict)
     suffix: str = ""
-    asks: str = "question"
-    published: Mapping[str, float] = field(default_factory=dict)
+    published: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
+    prompt: str = "question"
+    expert: str = ""
+    metrics: Sequence[str] = ("accuracy",)
+
+    def published_scores(self) -> dict[str, dict[str, float]]:
+        """Return model -> metric -> published score in percent; a bare number is the headline's."""
+        return {
+            model: {name: float(value) for name, value in given.items()}
+            if isinstance(given, Mapping)
+            else {self.metrics[0]: float(given)}
+            for model, given in self.published.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -59,9 +76,12 @@ class Question:
         id: as predictions name it.
         text: without ``<image>``, before the suffix.
         answer: the true answer.
-        image: path of its first image below the images' folder; empty for a question about text alone.
+        image: path of its (first) image below the images' folder; empty for a question about text alone.
         group: patient (or image) that intervals are drawn by; the question's own id where unknown.
-        kind: ``CLOSED`` or ``OPEN``, or what else the benchmark's scores are told apart by.
+        kind: ``CLOSED`` or ``OPEN``.
+        category: type of the question, where a data set has them.
+        finding: what a question for one finding asks for.
+        findings: names in the order of their letters, where there are options.
         record: what it was read from.
     """
 
@@ -71,6 +91,9 @@ class Question:
     image: str
     group: str
     kind: str
+    category: str = ""
+    finding: str = ""
+    findings: tuple[str, ...] = ()
     record: Record | None = None
 
 
@@ -80,35 +103,59 @@ def list_benchmarks(folder: str | Path) -> dict[str, Path]:
 
 
 def load_benchmark(name: str, folder: str | Path) -> Benchmark:
-    """Read one benchmark.
+    """Read one benchmark; a file that says ``include: other`` holds only what differs from that one.
 
     Raises:
-        UserError: for an unknown name, a misspelt, missing or mistyped key, or an unknown grader.
+        UserError: for an unknown name, a misspelt, missing or mistyped key, or an unknown grader, prompt or metric.
     """
     known = list_benchmarks(folder)
+    row = _read_file(name, known)
+    _check_keys(row, known[name])
+    benchmark = Benchmark(name=name, **row)
+    _check_choice(benchmark.grader, GRADERS, "grader", known[name])
+    _check_choice(benchmark.prompt, PROMPTS, "prompt", known[name])
+    for metric in benchmark.metrics if benchmark.grader == "report" else ():
+        _check_choice(metric, list(METRICS), "metric", known[name])
+    if benchmark.prompt in _NEED_EXPERT and not benchmark.expert:
+        raise UserError(
+            f"{known[name]}: prompt {benchmark.prompt} tells an expert's findings; give their folder as expert"
+        )
+    return benchmark
+
+
+def _read_file(name: str, known: Mapping[str, Path], seen: Sequence[str] = ()) -> dict[str, Any]:
     if name not in known:
         raise UserError(f"unknown benchmark {name!r}; {near_match_hint(name, list(known))}valid: {', '.join(known)}")
+    if name in seen:
+        raise UserError(f"{known[name]} includes itself through {' -> '.join(seen)}")
     try:
         row = yaml.safe_load(known[name].read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{known[name]} is not valid YAML: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"{known[name]} holds no keys; see slake.yaml for an example")
-    _check_keys(row, known[name])
-    benchmark = Benchmark(name=name, **row)
-    for key, valid in (("grader", GRADERS), ("asks", ASKS)):
-        value = getattr(benchmark, key)
-        if value not in valid:
-            hint = near_match_hint(str(value), valid)
-            raise UserError(f"{known[name]}: unknown {key} {value!r}; {hint}valid: {', '.join(valid)}")
-    return benchmark
+    if INCLUDE not in row:
+        return row
+    base = _read_file(str(row.pop(INCLUDE)), known, (*seen, name))
+    if isinstance(row.get("options"), dict):
+        row["options"] = {**base.get("options", {}), **row["options"]}
+    return {**base, **row}
+
+
+def _check_choice(value: str, valid: Sequence[str], what: str, path: Path) -> None:
+    if value not in valid:
+        raise UserError(
+            f"{path}: unknown {what} {value!r}; {near_match_hint(str(value), valid)}valid: {', '.join(valid)}"
+        )
 
 
 def _check_keys(row: Mapping[str, Any], path: Path) -> None:
     valid = [item.name for item in fields(Benchmark) if item.name != "name"]
+    allowed = [*valid, INCLUDE]
     for key in row:
         if key not in valid:
-            raise UserError(f"{path}: unknown key {key!r}; {near_match_hint(str(key), valid)}valid: {', '.join(valid)}")
+            hint = near_match_hint(str(key), allowed)
+            raise UserError(f"{path}: unknown key {key!r}; {hint}valid: {', '.join(allowed)}")
     needed = valid[: valid.index("options")]
     missing = [key for key in needed if not isinstance(row.get(key), str)]
     if missing:
@@ -116,6 +163,8 @@ def _check_keys(row: Mapping[str, Any], path: Path) -> None:
     for key in ("options", "published"):
         if not isinstance(row.get(key, {}), dict):
             raise UserError(f"{path}: {key} must be a table of names and values")
+    if not isinstance(row.get("metrics", []), list) or "metrics" in row and not row["metrics"]:
+        raise UserError(f"{path}: metrics must be a list of names, the headline first")
 
 
 def read_questions(benchmark: Benchmark, data_root: str | Path) -> list[Question]:
@@ -151,14 +200,18 @@ def _reader(benchmark: Benchmark) -> Callable[..., Iterable[Any]]:
 
 
 def _question(record: Record) -> Question:
-    asked, answered = record.messages[0], record.messages[-1]
+    asked, answered, told = record.messages[0], record.messages[-1], record.metadata
+    kind = str(told.get("answer_type", "")).strip().upper()
     return Question(
         id=record.id,
         text=asked.text.replace(IMAGE_TOKEN, "").strip(),
         answer=answered.text,
         image=record.images[0] if record.images else "",
-        group=str(record.metadata.get("patient") or record.id),
-        kind=str(record.metadata.get("answer_type", "")).strip().upper(),
+        group=str(told.get("patient") or record.id),
+        kind="CLOSED" if kind in ("CLOSED", "YES/NO") else "OPEN",
+        category=str(told.get("question_type", "")),
+        finding=str(told.get("finding", "")),
+        findings=tuple(told.get("findings", ())),
         record=record,
     )
 
@@ -169,17 +222,11 @@ def prompt_of(benchmark: Benchmark, question: Question) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def turns_of(benchmark: Benchmark, question: Question) -> tuple[Message, ...]:
-    """Return what is asked: one user turn, or the record's own turns up to the one that is to be answered."""
-    if benchmark.asks == "conversation" and question.record is not None:
-        return question.record.messages[:-1]
-    return (Message("user", prompt_of(benchmark, question)),)
+def image_path(benchmark: Benchmark, question: Question, data_root: str | Path) -> Path:
+    """Return the file of a question's image."""
+    return resolve_image(question.image, image_root(benchmark, data_root))
 
 
-def image_paths(benchmark: Benchmark, question: Question, data_root: str | Path) -> list[Path]:
-    """Return the files of a question's images, in the order of their placeholders."""
-    if benchmark.asks == "conversation" and question.record is not None:
-        names: Sequence[str] = question.record.images
-    else:
-        names = [question.image] if question.image else []
-    return [resolve_image(name, Path(data_root) / benchmark.folder / benchmark.images) for name in names]
+def image_root(benchmark: Benchmark, data_root: str | Path) -> Path:
+    """Return the folder that a benchmark's images lie below."""
+    return Path(data_root) / benchmark.folder / benchmark.images

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vila_m3_common.errors import exits_with_message
 from vila_m3_common.standalone import make_output_dir
 
 from ..resumable_files import write_atomically
-from .answers import is_right
-from .choice import is_choice_right
-from .definition import Benchmark, Question, load_benchmark, read_questions
+from . import graders
+from .definition import Benchmark, Question, image_path, load_benchmark, read_questions
+from .page import html_page
 from .predictions import Predictions, read_predictions
-from .published import exact_match, pathvqa_match
-from .statistics import bootstrap_interval
-from .triggers import grade_triggers, trigger_items
+from .statistics import Measure, bootstrap_interval, measure_interval, value_of
+from .tables import markdown_table
+from .triggers import describe_triggers, trigger_items
 
 
 def score(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
@@ -32,57 +36,81 @@ def score(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def published_items(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> dict[str, bool]:
-    """Return question id -> right, as the reference's grader says."""
-    if benchmark.grader == "pathvqa":
-        closed = {question.id: question.answer for question in questions if question.answer.lower() in ("yes", "no")}
-        return pathvqa_match(closed, predictions.lines)
-    return exact_match({question.id: question.answer for question in questions}, predictions.lines)
-
-
-def corrected_items(
-    benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions
-) -> dict[str, bool | None]:
-    """Return question id -> right by the grammar of :mod:`.answers`; None is unparsable, a missing answer wrong.
-
-    Ids are compared as text, so that the number 1 is the id "1".
-    """
-    texts = {str(name): text for name, text in predictions.lines}
-    return {
-        question.id: _is_right(benchmark, question, texts[question.id]) if question.id in texts else False
-        for question in questions
-    }
-
-
-def _is_right(benchmark: Benchmark, question: Question, text: str) -> bool | None:
-    if benchmark.grader == "choice":
-        return is_choice_right(question.text, question.answer, text)
-    return is_right(question.answer, text)
-
-
 def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> dict[str, Any]:
     """Grade a benchmark.
 
     Returns:
-        ``accuracy`` (as published) and ``corrected_accuracy`` with interval and count, closed and open apart,
-        ``unparsable``, ``counts`` and ``notes``.
+        Every score as ``{value, interval, count}``, ``corrected_*`` by the corrected grading; ``metrics`` (names in
+        the order of tables), ``unparsable``, ``counts``, ``notes`` (also why a score is missing) and ``details``.
     """
+    results = summarise(
+        benchmark, questions, predictions, graders.TABLE[benchmark.grader](benchmark, questions, predictions)
+    )
     if benchmark.grader == "trigger":
-        return grade_triggers(benchmark, questions, predictions)
-    groups = {question.id: question.group for question in questions}
-    published = published_items(benchmark, questions, predictions)
-    corrected = corrected_items(benchmark, questions, predictions)
-    results: dict[str, Any] = {
-        "accuracy": score([float(right) for right in published.values()], [groups[name] for name in published]),
-        "corrected_accuracy": score([float(bool(right)) for right in corrected.values()], list(groups.values())),
+        told = describe_triggers(questions, predictions)
+        results["details"] |= {"confusion": told.pop("confusion")}
+        results |= told
+    return results
+
+
+def summarise(
+    benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions, graded: graders.Graded
+) -> dict[str, Any]:
+    """Return what :func:`grade` writes of a graded benchmark."""
+    groups = [question.group for question in questions]
+    results: dict[str, Any] = {}
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, measure in graded.measures.items():
+        if isinstance(measure, str):
+            reasons[measure].append(name)
+            results[name] = {"value": None, "interval": None, "count": 0}
+        else:
+            results[name] = _entry(measure, groups, graded.exact.get(name))
+    notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    right = {name: bool(value) for name, value in graded.corrected.items()} if benchmark.grader != "report" else {}
+    return results | {
+        "metrics": list(benchmark.metrics),
+        "unparsable": graded.unparsable,
+        "counts": benchmark.counts,
+        "notes": [*predictions.notes, *notes],
+        "details": {"reliability": reliability(predictions.confidences, right)},
     }
-    for kind in ("CLOSED", "OPEN"):
-        names = [question.id for question in questions if question.kind == kind]
-        results[f"corrected_accuracy_{kind.lower()}"] = score(
-            [float(bool(corrected[name])) for name in names], [groups[name] for name in names]
-        )
-    results["unparsable"] = sum(right is None for right in corrected.values())
-    return results | {"counts": benchmark.counts, "notes": list(predictions.notes)}
+
+
+def _entry(measure: Measure, groups: Sequence[str], exact: float | None) -> dict[str, Any]:
+    value = value_of(measure) if exact is None else exact
+    interval = measure_interval(measure, groups)
+    is_known = math.isfinite(value) and all(map(math.isfinite, interval))
+    return {
+        "value": value if math.isfinite(value) else None,
+        "interval": list(interval) if is_known else None,
+        "count": measure.count,
+    }
+
+
+def reliability(confidences: Mapping[str, float], right: Mapping[str, bool], bin_count: int = 10) -> dict[str, Any]:
+    """Return how often answers are right, by the model's confidence in them, and the expected calibration error.
+
+    Returns:
+        ``bins`` (mean confidence, accuracy, count of each that is not empty) and ``expected_calibration_error``; empty
+        when no confidences are known.
+    """
+    names = [name for name in right if name in confidences]
+    if not names:
+        return {}
+    sure = np.array([confidences[name] for name in names])
+    hits = np.array([right[name] for name in names])
+    places = np.minimum((sure * bin_count).astype(int), bin_count - 1)
+    bins = [
+        {
+            "confidence": float(sure[places == place].mean()),
+            "accuracy": float(hits[places == place].mean()),
+            "count": int((places == place).sum()),
+        }
+        for place in np.unique(places)
+    ]
+    error = sum(abs(row["confidence"] - row["accuracy"]) * row["count"] for row in bins) / len(names)
+    return {"bins": bins, "expected_calibration_error": error}
 
 
 def majority_predictions(questions: Sequence[Question]) -> Predictions:
@@ -112,7 +140,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 @exits_with_message
 def run_grading(benchmark: str, predictions: str, data_root: str, output_dir: str, benchmarks_dir: str) -> None:
-    """Grade a predictions file without a model and write ``results.json`` and ``items.jsonl``.
+    """Grade a predictions file without a model; write ``results.json``, tables, a report and ``predictions/``.
 
     Args:
         benchmark: name of a YAML file.
@@ -126,36 +154,56 @@ def run_grading(benchmark: str, predictions: str, data_root: str, output_dir: st
     read = read_predictions(predictions, [question.id for question in questions])
     folder = make_output_dir(output_dir)
     results = {benchmark: grade(definition, questions, read)}
-    write_items(folder / "items.jsonl", definition, questions, read)
+    kept = folder / "predictions" / f"{benchmark}.jsonl"
+    kept.parent.mkdir(exist_ok=True)
+    if Path(predictions).resolve() != kept.resolve():
+        shutil.copyfile(predictions, kept)
+    write_items(kept.with_suffix(".items.jsonl"), definition, questions, read, data_root)
+    write_outputs(folder, [definition], results)
+
+
+def write_outputs(folder: Path, definitions: Sequence[Benchmark], results: Mapping[str, Any]) -> None:
+    """Write ``results.json``, ``results.md`` and ``report.html``, and print the headline scores."""
     write_json(folder / "results.json", results)
+    write_atomically(folder / "results.md", markdown_table(definitions, results))
+    write_atomically(folder / "report.html", html_page(definitions, results, folder / "predictions"))
     print_scores(results)
-    print(f"written to {folder / 'results.json'}")
+    print(f"written to {folder / 'results.json'}, results.md and report.html")
 
 
-def write_items(path: Path, definition: Benchmark, questions: Sequence[Question], read: Predictions) -> None:
-    """Write what each question was graded, one line each."""
-    if definition.grader == "trigger":
-        graded = trigger_items(questions, read)
-        path.write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
-        return
-    published, corrected = published_items(definition, questions, read), corrected_items(definition, questions, read)
+def write_items(
+    path: Path, definition: Benchmark, questions: Sequence[Question], read: Predictions, data_root: str | Path
+) -> None:
+    """Write what each question was graded, one line each, with what a reader needs to judge it."""
+    graded = graders.TABLE[definition.grader](definition, questions, read)
+    texts = graders.texts_of(read)
+    calls = trigger_items(questions, read) if definition.grader == "trigger" else ()
+    more = {row["question_id"]: row for row in calls}
     rows = (
         {
             "question_id": question.id,
             "group": question.group,
-            "published": published.get(question.id),
-            "corrected": corrected[question.id],
+            "question": question.text,
+            "image": str(image_path(definition, question, data_root)) if question.image else None,
+            "answer": question.answer,
+            "text": texts.get(question.id),
+            "confidence": read.confidences.get(question.id),
+            "published": graded.published.get(question.id),
+            "corrected": graded.corrected.get(question.id),
+            **more.get(question.id, {}),
         }
         for question in questions
     )
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def print_scores(results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print the two gradings of every benchmark, and the notes."""
+    """Print the headline scores of every benchmark in both gradings, and the notes."""
     for name, row in results.items():
-        for key in ("accuracy", "corrected_accuracy"):
-            low, high = row[key]["interval"]
-            print(f"{name:16} {key:20} {row[key]['value']:.4f} [{low:.4f}, {high:.4f}]  n {row[key]['count']}")
-        for note in row["notes"]:
+        for metric in row.get("metrics", ()):
+            for key in (metric, f"corrected_{metric}"):
+                if row.get(key, {}).get("interval"):
+                    low, high = row[key]["interval"]
+                    print(f"{name:24} {key:24} {row[key]['value']:.4f} [{low:.4f}, {high:.4f}]  n {row[key]['count']}")
+        for note in row.get("notes", ()):
             print(f"note: {name}: {note}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ class Predictions:
     Args:
         lines: (question id, text) in the order of the file.
         notes: what a reader must know: broken lines, odd scores.
+        confidences: question id -> probability that the model gave its own answer, where the file tells it.
     """
 
     lines: tuple[tuple[Any, str], ...]
     notes: tuple[str, ...] = ()
+    confidences: Mapping[str, float] = field(default_factory=dict)
 
 
 def checksum(row: Mapping[str, Any]) -> str:
@@ -82,7 +84,20 @@ def read_predictions(path: str | Path, known: Sequence[str]) -> Predictions:
     failed = [str(row["error"]) for row in rows if row.get("error") and row["question_id"] in known]
     if failed:
         notes.append(f"{len(failed)} questions could not be asked; wrong. The first: {failed[0]}")
-    return Predictions(tuple((row["question_id"], row["text"]) for row in rows), tuple(notes))
+    confidences, odd = _read_confidences(rows)
+    if odd:
+        notes.append(f"{odd} confidences are no probability (NaN, text or out of 0..1); ignored")
+    return Predictions(tuple((row["question_id"], row["text"]) for row in rows), tuple(notes), confidences)
+
+
+def _read_confidences(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], int]:
+    given = {str(row["question_id"]): row["confidence"] for row in rows if row.get("confidence") is not None}
+    kept = {
+        name: float(value)
+        for name, value in given.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    }
+    return kept, len(given) - len(kept)
 
 
 class PredictionFile:

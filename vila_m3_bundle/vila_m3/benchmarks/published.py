@@ -288,6 +288,31 @@ def _unread(text: str, rest: str, grader: CxrGrader, fall_back: int | None) -> i
     raise PublishedGraderError(f"unknown answer {rest} -- {text}")
 
 
+# Places of the truths in a line of the label file, counted from its end, and the mark of a positive.
+TRUTH_COLUMNS: dict[CxrGrader, dict[str, int]] = {
+    "chestxray14": {"fracture": -5, "pneumothorax": -4, "lung opacity": -3},
+    "chexpert": {"atelectasis": -6, "cardiomegaly": -12, "consolidation": -8, "edema": -9, "pleural effusion": -4},
+}
+_POSITIVE_MARK: dict[CxrGrader, str] = {"chestxray14": "YES", "chexpert": "1"}
+
+
+def read_truth(fields: Sequence[str], finding: str, grader: CxrGrader) -> int:
+    """Read a truth out of the fields of a line as the reference does.
+
+    Fault: the places are fixed, so that a label file without its last column is read one column off.
+    """
+    return int(_POSITIVE_MARK[grader] in fields[TRUTH_COLUMNS[grader][finding]])
+
+
+def read_finding(answer: str, grader: CxrGrader) -> int | None:
+    """Read an answer as the reference does after it has stored it in a CSV file: commas and line breaks are stops.
+
+    Raises:
+        PublishedGraderError: see :func:`extract_answer`.
+    """
+    return extract_answer(answer.replace(",", ".").replace("\n", ". "), grader)
+
+
 def finding_f1(truths: Sequence[int], answers: Sequence[str], grader: CxrGrader) -> float:
     """Return the F1 of one finding as the reference counts it.
 
@@ -296,9 +321,7 @@ def finding_f1(truths: Sequence[int], answers: Sequence[str], grader: CxrGrader)
     Raises:
         PublishedGraderError: see :func:`extract_answer`.
     """
-    # The reference stores answers in a CSV file: commas become stops, line breaks ". ".
-    stored = [answer.replace(",", ".").replace("\n", ". ") for answer in answers]
-    read = [extract_answer(answer, grader) for answer in stored]
+    read = [read_finding(answer, grader) for answer in answers]
     if not set(read) <= {0, 1}:
         return 0.0
     return float(f1_score(list(truths), read, zero_division=0))

@@ -18,23 +18,29 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from vila_m3_common.conversation import IMAGE_TOKEN, Conversation
+from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError, exits_with_message
 from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.volumes import load_picture
 
 from ..answer import Answerer
-from .definition import Benchmark, Question, image_paths, load_benchmark, read_questions, turns_of
+from ..data.record import Record, to_conversation
+from .asking import ask_record, prompt_text
+from .definition import Benchmark, Question, image_root, load_benchmark, read_questions
 from .endpoint import Endpoint, EndpointError
-from .grading import grade, majority_predictions, print_scores, write_items, write_json
+from .grading import grade, majority_predictions, write_items, write_outputs
 from .predictions import PredictionFile, merge_shards, read_predictions, read_shards, shard_path
-from .tables import html_page, markdown_table
 
 Row = dict[str, Any]
 Ask = Callable[[Sequence[Conversation]], list[Row]]
 Load = Callable[[Path], np.ndarray]
 # One picture for every blank question, so that a model reads it once.
 BLANK = np.zeros((384, 384, 3), np.uint8)
+
+
+def show_blank(path: Path) -> np.ndarray:
+    """Return a black picture in place of a file."""
+    return BLANK
 
 
 @dataclass(frozen=True)
@@ -105,32 +111,6 @@ def asks_endpoint(endpoint: Endpoint) -> Ask:
     return ask
 
 
-def conversation_of(
-    benchmark: Benchmark, question: Question, data_root: str, load: Load, is_blank: bool = False
-) -> Conversation:
-    """Return what the model reads.
-
-    Args:
-        benchmark: says in which form.
-        question: one of its questions.
-        data_root: folder with the data sets' folders.
-        load: reads a file as ``(H, W, 3)`` uint8.
-        is_blank: whether a black picture stands in for each image.
-
-    Raises:
-        UserError: for images that cannot be read, or too few or too many of them.
-    """
-    paths = image_paths(benchmark, question, data_root)
-    turns = turns_of(benchmark, question)
-    if sum(turn.text.count(IMAGE_TOKEN) for turn in turns) != len(paths):
-        raise UserError(f"question {question.id} has {len(paths)} images for another number of {IMAGE_TOKEN}")
-    images = iter([BLANK if is_blank else load(path) for path in paths])
-    conversation = Conversation()
-    for turn in turns:
-        conversation.add(turn.role, turn.text, [next(images) for _ in range(turn.text.count(IMAGE_TOKEN))])
-    return conversation
-
-
 class Questioner:
     """Asks the questions of one benchmark that have no answer yet.
 
@@ -140,12 +120,25 @@ class Questioner:
         data_root: folder with the data sets' folders.
         batch_size: questions at once.
         is_blank: whether black pictures are shown.
+        cards: text of the model cards, for prompts that hold them.
     """
 
-    def __init__(self, benchmark: Benchmark, ask: Ask, data_root: str, batch_size: int, is_blank: bool = False) -> None:
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        ask: Ask,
+        data_root: str,
+        batch_size: int,
+        is_blank: bool = False,
+        cards: str = "",
+    ) -> None:
         self.benchmark, self.ask, self.data_root = benchmark, ask, data_root
-        self.batch_size, self.is_blank = batch_size, is_blank
-        self.load: Load = lru_cache(maxsize=64)(load_picture)
+        self.batch_size, self.is_blank, self.cards = batch_size, is_blank, cards
+        self.load: Load = show_blank if is_blank else lru_cache(maxsize=64)(load_picture)
+
+    def record(self, question: Question) -> Record:
+        """Return the turns of a question before its answer."""
+        return ask_record(self.benchmark, question, self.data_root, self.cards)
 
     def run(self, questions: Sequence[Question], written: PredictionFile, done: set[str], rank: int = 0) -> None:
         """Append the answers of ``questions`` but those ``done``, batch by batch, questions of one image together."""
@@ -164,29 +157,20 @@ class Questioner:
         """Return a row for each question: its turns, the answer or the error."""
         rows: dict[str, Row] = {}
         ready: dict[str, Conversation] = {}
-        for question in batch:
+        records = {question.id: self.record(question) for question in batch}
+        for name, record in records.items():
             try:
-                ready[question.id] = conversation_of(self.benchmark, question, self.data_root, self.load, self.is_blank)
+                ready[name] = to_conversation(record, image_root(self.benchmark, self.data_root), self.load)
             except (UserError, OSError) as error:
-                rows[question.id] = {"text": "", "error": str(error)}
+                rows[name] = {"text": "", "error": str(error)}
         if ready:
             rows |= dict(zip(ready, self.ask(list(ready.values())), strict=True))
-        return [
-            {"question_id": question.id, "prompt": prompt_text(self.benchmark, question), **rows[question.id]}
-            for question in batch
-        ]
+        return [{"question_id": name, "prompt": prompt_text(record), **rows[name]} for name, record in records.items()]
 
-
-def prompt_text(benchmark: Benchmark, question: Question) -> str | list[dict[str, str]]:
-    """Return what was asked as it is written down: the text of one turn, or the turns."""
-    turns = turns_of(benchmark, question)
-    return turns[0].text if len(turns) == 1 else [{"role": turn.role, "text": turn.text} for turn in turns]
-
-
-def _fingerprint(benchmark: Benchmark, questions: Sequence[Question]) -> str:
-    """Tell one set of prompts from another, so that answers to an older one are not taken for these."""
-    texts = [(question.id, prompt_text(benchmark, question)) for question in questions]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    def fingerprint(self, questions: Sequence[Question]) -> str:
+        """Tell one set of prompts from another, so that answers to an older one are not taken for these."""
+        texts = [(question.id, prompt_text(self.record(question))) for question in questions]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _check_names(benchmarks: Any) -> list[str]:
@@ -207,6 +191,7 @@ def run_benchmarks(
     batch_size: int = 16,
     blank_baseline: bool = True,
     endpoint: Endpoint | None = None,
+    cards: str = "",
 ) -> None:
     """Run benchmarks and write ``results.json``, ``results.md``, ``report.html`` and ``predictions/``.
 
@@ -223,6 +208,7 @@ def run_benchmarks(
         batch_size: questions at once.
         blank_baseline: whether the same questions are asked of a black image too.
         endpoint: asked in the VLM's place.
+        cards: text of the model cards, for prompts that hold them.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is too small; give at least 1")
@@ -235,12 +221,12 @@ def run_benchmarks(
     folder = make_output_dir(output_dir) / "predictions"
     with joined_processes() as processes:
         for definition in definitions:
-            for is_blank in (False, True) if blank_baseline else (False,):
-                questioner = Questioner(definition, ask, data_root, batch_size, is_blank)
+            for is_blank in _shown_blank(definition, asked[definition.name], blank_baseline):
+                questioner = Questioner(definition, ask, data_root, batch_size, is_blank, cards)
                 _ask_share(questioner, asked[definition.name], settings, folder, processes)
         processes.wait()
         if processes.rank == 0:
-            _grade_all(definitions, asked, folder, blank_baseline)
+            _grade_all(definitions, asked, folder, data_root, blank_baseline)
         processes.wait()
 
 
@@ -258,28 +244,33 @@ def _ask_share(
 ) -> None:
     """Ask this process's share of the questions."""
     name = run_name(questioner.benchmark, questioner.is_blank)
-    told = {**settings, "questions": _fingerprint(questioner.benchmark, questions)}
+    told = {**settings, "questions": questioner.fingerprint(questions)}
     written = PredictionFile(shard_path(folder, name, processes.rank), told)
     done = {question_id for question_id, row in read_shards(folder, name).items() if not row.get("error")}
     questioner.run(questions[processes.rank :: processes.count], written, done, processes.rank)
 
 
 def _grade_all(
-    definitions: Sequence[Benchmark], asked: Mapping[str, Sequence[Question]], folder: Path, blank_baseline: bool
+    definitions: Sequence[Benchmark],
+    asked: Mapping[str, Sequence[Question]],
+    folder: Path,
+    data_root: str,
+    blank_baseline: bool,
 ) -> None:
     results: dict[str, Any] = {}
     for definition in definitions:
         questions = asked[definition.name]
         known = [question.id for question in questions]
-        for is_blank in (False, True) if blank_baseline else (False,):
+        for is_blank in _shown_blank(definition, questions, blank_baseline):
             name = run_name(definition, is_blank)
             read = read_predictions(merge_shards(folder, name, known), known)
             results[name] = grade(definition, questions, read)
-            write_items(folder / f"{name}.items.jsonl", definition, questions, read)
+            write_items(folder / f"{name}.items.jsonl", definition, questions, read, data_root)
         results[f"{definition.name}_majority"] = grade(definition, questions, majority_predictions(questions))
-    output = folder.parent
-    write_json(output / "results.json", results)
-    (output / "results.md").write_text(markdown_table(definitions, results), encoding="utf-8")
-    (output / "report.html").write_text(html_page(definitions, results), encoding="utf-8")
-    print_scores(results)
-    print(f"written to {output / 'results.json'}, results.md and report.html")
+    write_outputs(folder.parent, definitions, results)
+
+
+def _shown_blank(definition: Benchmark, questions: Sequence[Question], blank_baseline: bool) -> tuple[bool, ...]:
+    """Return whether pictures are blank in each run of a benchmark; without pictures there is only one."""
+    has_pictures = definition.prompt != "text_only" and any(question.image for question in questions)
+    return (False, True) if blank_baseline and has_pictures else (False,)

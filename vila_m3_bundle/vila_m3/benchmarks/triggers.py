@@ -8,7 +8,7 @@ from typing import Any
 
 from vila_m3_common.trigger import Trigger, parse_triggers
 
-from .definition import Benchmark, Question
+from .definition import Question
 from .predictions import Predictions
 from .statistics import bootstrap_interval
 
@@ -80,12 +80,15 @@ def _share(rows: Sequence[Graded], values: Sequence[bool]) -> dict[str, Any]:
 def _by(rows: Sequence[Graded], name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for value in sorted({row.meta(name) for row in rows}):
-        chosen = [row for row in rows if row.meta(name) == value]
-        found[value] = {
-            "right_expert": _share(chosen, [row.names_right for row in chosen]),
-            "right": _share(chosen, [row.outcome == "right" for row in chosen]),
-        }
+        found[value] = _both([row for row in rows if row.meta(name) == value])
     return found
+
+
+def _both(rows: Sequence[Graded]) -> dict[str, Any]:
+    return {
+        "right_expert": _share(rows, [row.names_right for row in rows]),
+        "right": _share(rows, [row.outcome == "right" for row in rows]),
+    }
 
 
 def confusion(rows: Sequence[Graded]) -> dict[str, Any]:
@@ -100,49 +103,33 @@ def _names(calls: Sequence[Trigger]) -> str:
     return "+".join(call.name for call in calls) or NOBODY
 
 
-def grade_triggers(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> dict[str, Any]:
-    """Grade the trigger benchmark.
+def describe_triggers(questions: Sequence[Question], predictions: Predictions) -> dict[str, Any]:
+    """Tell the calls apart.
 
     Returns:
-        ``accuracy`` (the right experts, or none, arguments aside) and ``corrected_accuracy`` (the right arguments too),
-        both with intervals by patient; ``outcomes`` with the share and number of each; ``per_expert`` for the cases
-        that want it; ``per_kind`` and ``per_modality``; ``details`` with the confusion of experts.
+        ``outcomes`` with the share and number of each, with intervals by patient; ``per_expert`` for the cases that
+        want it, ``per_kind`` and ``per_modality``; ``confusion`` of experts.
     """
     rows = list(judge_all(questions, predictions))
     outcomes = {
         name: _share(rows, [row.outcome == name for row in rows]) | {"cases": sum(row.outcome == name for row in rows)}
         for name in OUTCOMES
     }
-    per_expert: dict[str, Any] = {}
-    for name in sorted({call.name for row in rows for call in row.wanted}):
-        chosen = [row for row in rows if _names(row.wanted) == name]
-        if chosen:
-            per_expert[name] = {
-                "right_expert": _share(chosen, [row.names_right for row in chosen]),
-                "right": _share(chosen, [row.outcome == "right" for row in chosen]),
-            }
+    experts = sorted({_names(row.wanted) for row in rows if row.wanted})
     return {
-        "accuracy": _share(rows, [row.names_right for row in rows]),
-        "corrected_accuracy": _share(rows, [row.outcome == "right" for row in rows]),
         "outcomes": outcomes,
-        "per_expert": per_expert,
+        "per_expert": {name: _both([row for row in rows if _names(row.wanted) == name]) for name in experts},
         "per_kind": _by(rows, "kind"),
         "per_modality": _by(rows, "modality"),
-        "unparsable": sum(not text.strip() for _, text in predictions.lines),
-        "details": {"confusion": confusion(rows)},
-        "counts": benchmark.counts,
-        "notes": list(predictions.notes),
+        "confusion": confusion(rows),
     }
 
 
 def trigger_items(questions: Sequence[Question], predictions: Predictions) -> Iterator[Mapping[str, Any]]:
-    """Yield what each case was graded."""
+    """Yield what is told of each case beside its grades."""
     for row in judge_all(questions, predictions):
         yield {
             "question_id": row.question.id,
-            "group": row.question.group,
-            "published": row.names_right,
-            "corrected": row.outcome == "right",
             "outcome": row.outcome,
             "kind": row.meta("kind"),
             "wanted": list(map(str, row.wanted)),

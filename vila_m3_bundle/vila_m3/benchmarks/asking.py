@@ -1,0 +1,69 @@
+"""A benchmark's question as the conversation that the model is shown, with or without an expert's findings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from vila_m3_common.conversation import Role
+from vila_m3_common.errors import UserError
+from vila_m3_common.prompts import finding_lines, finding_turns, report_turns
+
+from ..data.experts.cxr import add_expert, read_scores
+from ..data.record import Message, Record
+from .definition import Benchmark, Question, prompt_of
+
+_ROLES = ("user", "assistant", "expert")
+
+
+def ask_record(benchmark: Benchmark, question: Question, data_root: str | Path, cards: str = "") -> Record:
+    """Return the turns before the answer, in the benchmark's prompt form.
+
+    With an expert, its saved findings (``<data_root>/<expert>/<image>.json``) stand in the turns: in the trained form
+    for plain questions, in the reference's evaluation forms for findings and reports.
+
+    Args:
+        benchmark: its ``prompt`` and ``expert`` choose the form.
+        question: what is asked.
+        data_root: folder with the data sets' folders.
+        cards: text of the model cards.
+
+    Raises:
+        UserError: if the expert's findings are missing.
+    """
+    if benchmark.prompt == "conversation" and question.record is not None:
+        return replace(question.record, messages=question.record.messages[:-1])
+    scores = _read_expert(benchmark, question, data_root)
+    images = (question.image,) if question.image else ()
+    plain = Record(question.id, (Message("user", prompt_of(benchmark, question)),), images)
+    if benchmark.prompt in ("question", "report"):
+        if scores is None:
+            return plain
+        if benchmark.prompt == "question":
+            return add_expert(plain, scores, cards)
+        turns = report_turns(question.text, scores, cards)
+    else:
+        lines = finding_lines(scores) if scores is not None else ""
+        turns = finding_turns(benchmark.prompt, question.findings, question.finding, lines, cards)
+    messages = tuple(Message(cast(Role, role), text) for role, text in zip(_ROLES, turns, strict=False))
+    return replace(plain, messages=messages, images=() if benchmark.prompt == "text_only" else plain.images)
+
+
+def _read_expert(benchmark: Benchmark, question: Question, data_root: str | Path) -> dict[str, float] | None:
+    if not benchmark.expert:
+        return None
+    folder = Path(data_root) / benchmark.expert
+    if not folder.is_dir():
+        raise UserError(
+            f"{benchmark.name} needs the expert's findings in {folder}, which does not exist; write them with "
+            "bundles/vila_m3_with_experts/configs/expert_findings.json"
+        )
+    return read_scores(folder, question.image)
+
+
+def prompt_text(record: Record) -> str | list[dict[str, str]]:
+    """Return what a predictions file records: the one user turn, or all turns with their speakers."""
+    if len(record.messages) == 1:
+        return record.messages[0].text
+    return [{"role": message.role, "text": message.text} for message in record.messages]
