@@ -86,13 +86,13 @@ def parse_yes_no(text: str) -> YesNo | None:
     """
     if is_unparsable(text):
         return None
-    lowered = drop_label(text.lower().replace("\u2019", "'")).strip().strip("\"'()[]*. ")
+    lowered = drop_label(text.lower().replace("\u2019", "'"))
     rest = _ASIDE.sub(" ", lowered)
     return (_decide(rest) if re.search(r"\w", rest) else None) or _decide(lowered)
 
 
 def _decide(lowered: str) -> YesNo | None:
-    lowered = lowered.strip()
+    lowered = lowered.strip().strip("\"'()[]*. ")
     if lowered.startswith(("no evidence", "no sign")):
         return "no"
     without_hedges = _HEDGES.sub(" ", lowered)

@@ -245,8 +245,3 @@ def all_cases(
     """Return the cases of both modalities; each can be left out."""
     films = film_cases(nih_root, scores_root, film_count) if nih_root else ()
     return [*films, *phantom_cases(phantom_count, first_seed)]
-
-
-def saved_scores_path(scores_root: str | Path, film: Film) -> Path:
-    """Return where the expert's scores of a film stand."""
-    return Path(scores_root) / f"{film.path.name}.json"
