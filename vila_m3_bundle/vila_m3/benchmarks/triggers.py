@@ -30,6 +30,13 @@ class Graded:
         """Whether the experts called are those wanted, arguments aside."""
         return [call.name for call in self.called] == [call.name for call in self.wanted]
 
+    @property
+    def asked(self) -> str:
+        """What the user asked last, without the model cards before it."""
+        messages = self.question.record.messages if self.question.record else ()
+        said = [message.text for message in messages if message.role == "user"]
+        return said[-1].rpartition("\n")[2] if said else self.question.text
+
     def meta(self, name: str) -> str:
         """Return what the case's record says of it."""
         return str(self.question.record.metadata.get(name, "")) if self.question.record else ""
@@ -130,6 +137,7 @@ def trigger_items(questions: Sequence[Question], predictions: Predictions) -> It
     for row in judge_all(questions, predictions):
         yield {
             "question_id": row.question.id,
+            "question": row.asked,
             "outcome": row.outcome,
             "kind": row.meta("kind"),
             "wanted": list(map(str, row.wanted)),
