@@ -184,6 +184,64 @@ def test_a_batch_row_ends_at_its_own_stop(answerer: Answerer) -> None:
     assert answers[0].stop_reason == "stop token"
 
 
+def test_batches_read_a_common_beginning_and_an_image_once(answerer: Answerer, model: Any, processor: Any) -> None:
+    cards = "CT: liver. MRI: brain. " * 12
+    talks = [conversation(("user", f"{cards}<image>question {n}", (n // 3,))) for n in range(6)]
+    fed: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, keywords: fed.append(keywords["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    first = answerer.answer_batch(talks[:4])
+    assert answerer.report.reused_token_count > 4 * 16
+    assert answerer.report.encoded_image_count == 2
+    fed.clear()
+    second = answerer.answer_batch(talks[4:])
+    assert answerer.report.encoded_image_count == 0
+    assert answerer.report.reused_token_count + fed[0] >= answerer.report.prompt_token_count
+    assert fed[0] < answerer.report.prompt_token_count / 2
+    alone = [processor.decode(list(Answerer(model, processor, 12).generate(talk))) for talk in talks]
+    assert [answer.text for answer in first + second] == alone
+
+
+def test_a_longer_and_a_shorter_common_beginning_follow_each_other(answerer: Answerer) -> None:
+    cards = "CT: liver. MRI: brain. " * 12
+    shown = [conversation(("user", f"{cards}<image>{'where is it and why ' * 5}{n}?", (1,))) for n in range(3)]
+    other = [conversation(("user", f"{cards}{n}?", ())) for n in range(3)]
+    for talks in (shown, other, shown):
+        alone = [answerer.processor.decode(list(answerer.generate(talk))) for talk in talks]
+        assert [answer.text for answer in answerer.answer_batch(talks)] == alone
+
+
+def test_confidence_is_the_probability_of_the_very_answer(answerer: Answerer, model: Any, processor: Any) -> None:
+    talks = [conversation(FIRST), conversation(("user", "no image at all", ()))]
+    for talk, answer in zip(talks, answerer.answer_batch(talks), strict=True):
+        encoded = processor.encode(talk)
+        ids = torch.tensor(list(answerer.generate(talk)))
+        whole = torch.cat([encoded.input_ids, ids])[None]
+        logits = model(whole, encoded.pixel_values).logits[0, len(encoded.input_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, ids[:, None]).sum().exp().detach()
+        assert answer.confidence == pytest.approx(float(expected), rel=1e-3)
+    sampled = Answerer(model, processor, 4, Sampling(temperature=1)).answer_batch(talks)
+    assert sampled[0].confidence is None
+
+
+def test_a_sampled_batch_equals_its_conversations_alone(model: Any, processor: Any) -> None:
+    answerer = Answerer(model, processor, 8, Sampling(temperature=1.5, top_k=20, seed=3))
+    talks = [conversation(FIRST), conversation(("user", "no image at all", ()))]
+    alone = [processor.decode(list(answerer.generate(talk))) for talk in talks]
+    assert [answer.text for answer in answerer.answer_batch(talks)] == alone
+
+
+def test_a_batch_row_at_the_end_of_the_context_is_cut_alone(answerer: Answerer) -> None:
+    talks = [conversation(FIRST), conversation(("user", "short", ()))]
+    answerer.model.config.context_length = len(answerer.tokenize(talks[0])) + 5
+    answers = answerer.answer_batch(talks)
+    assert [(answer.new_token_count, answer.stop_reason) for answer in answers] == [
+        (5, "context"),
+        (12, "max_new_tokens"),
+    ]
+
+
 def test_room_for_no_token_is_refused(model: Any, processor: Any) -> None:
     with pytest.raises(UserError, match="max_new_tokens 0 leaves no room for an answer"):
         Answerer(model, processor, 0)

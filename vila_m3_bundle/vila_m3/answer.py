@@ -7,14 +7,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.logits_process import (
-    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -27,9 +26,14 @@ from vila_m3_common.errors import UserError
 from .configuration import IMAGE_TOKEN_ID
 from .image_processor import as_tensor
 from .model import VilaM3ForConditionalGeneration
-from .processor import VilaM3Processor, pad_prompts
+from .packing import pad_rows
+from .processor import VilaM3Processor
 
 logger = logging.getLogger(__name__)
+
+# Of batches: images whose features are kept (100 MB of the 8B model), and places that are worth a pass of their own.
+RECENT_IMAGES = 64
+WORTHWHILE_PREFIX = 16
 
 StopReason = Literal["stop token", "max_new_tokens", "context", "abandoned"]
 # One place of a sequence: a token id, or (digest of an image, which of its tokens).
@@ -68,7 +72,7 @@ class Sampling:
         if self.temperature == 0:
             return lambda logits: logits.argmax()
         # The warpers look at the scores alone.
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
         if self.top_k:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
@@ -135,21 +139,16 @@ class _Kept:
     places: list[Place] = field(default_factory=list)
 
 
-class GreedyConfidence(LogitsProcessor):
-    """Keeps the log-probability of the likeliest token of every step, ``(B,)`` each, and changes nothing."""
+@dataclass
+class _Generated:
+    """Tokens of one row of a batch, and the logarithm of the probability of them all."""
 
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []
+    ids: list[int] = field(default_factory=list)
+    log_probability: float = 0.0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Record a step; ``scores`` is ``(B, vocabulary)``."""
-        values = scores.float()
-        self.steps.append(values.max(-1).values - values.logsumexp(-1))
-        return scores
-
-    def of(self, row: int, token_count: int) -> float:
-        """Return the probability of the first ``token_count`` tokens of an answer."""
-        return math.exp(sum(float(step[row]) for step in self.steps[:token_count]))
+    def add(self, token: int, log_probability: float) -> None:
+        self.ids.append(token)
+        self.log_probability += log_probability
 
 
 class Answerer:
@@ -185,6 +184,9 @@ class Answerer:
         self.stop_ids = processor.stop_ids | eos_ids(model)
         self._kept: list[_Kept] = []
         self._features: dict[str, torch.Tensor] = {}
+        # Of batches: what the last ones began with, and the features of their images, the oldest first.
+        self._prefix = _Kept(DynamicCache(config=model.config.text_config))
+        self._recent: dict[str, torch.Tensor] = {}
 
     @property
     def notes(self) -> list[str]:
@@ -320,10 +322,13 @@ class Answerer:
 
     @torch.inference_mode()
     def answer_batch(self, conversations: Sequence[Conversation]) -> list[Answered]:
-        """Answer several conversations at once, padded on the left; an image in several of them is encoded once.
+        """Answer several conversations at once.
+
+        What all of them begin with (system text, model cards, perhaps an image) is read once and kept for the next
+        batch, and so are the features of the last images. A row that has ended leaves the batch.
 
         Returns:
-            The answers, in order. :attr:`report` tells of the whole batch.
+            The answers, in order, each as alone. :attr:`report` tells of the whole batch.
 
         Raises:
             UserError: if one of the conversations is empty, too long, or ends with an assistant turn.
@@ -331,59 +336,137 @@ class Answerer:
         if not conversations:
             return []
         start = time.perf_counter()
-        self.report = AnswerReport()
-        rows = [torch.tensor(self.tokenize(conversation)) for conversation in conversations]
-        batch = pad_prompts(rows, self.processor.pad_id, "left")
-        input_ids, mask = (batch[name].to(self.model.device) for name in ("input_ids", "attention_mask"))
-        room = max(1, min(self.max_new_tokens, self.model.context_length - input_ids.shape[1]))
-        confidence = GreedyConfidence()
-        generated = self.model.generate(
-            inputs_embeds=self.model.embed(input_ids, self._features_of(conversations)),
-            attention_mask=mask,
-            max_new_tokens=room,
-            eos_token_id=sorted(self.stop_ids) or None,
-            pad_token_id=self.processor.pad_id,
-            logits_processor=LogitsProcessorList([confidence]),
-            **self._sampling_options(),
-        )
-        at_limit: StopReason = "max_new_tokens" if room == self.max_new_tokens else "context"
-        answers = [self._answered(row, at_limit) for row in generated.tolist()]
-        if self.sampling.temperature == 0:
-            answers = [
-                replace(answer, confidence=confidence.of(place, answer.new_token_count + (not answer.is_cut)))
-                for place, answer in enumerate(answers)
-            ]
-        self.report.prompt_token_count = int(mask.sum())
-        self.report.new_token_count = sum(answer.new_token_count for answer in answers)
-        self.report.stop_reason = next((answer.stop_reason for answer in answers if answer.is_cut), "stop token")
-        self.report.seconds = time.perf_counter() - start
+        self.report = report = AnswerReport()
+        rows, images = self._rows_of(conversations)
+        features = self._recent_features(images)
+        cache, shared = self._begin_batch(rows, features)
+        report.prompt_token_count, report.reused_token_count = sum(map(len, rows)), shared * len(rows)
+        limits = [min(self.max_new_tokens, self.model.context_length - len(row)) for row in rows]
+        generated = self._decode([row[shared:] for row in rows], shared, features, cache, limits)
+        answers = [self._answered(row, limit) for row, limit in zip(generated, limits, strict=True)]
+        report.new_token_count = sum(answer.new_token_count for answer in answers)
+        report.stop_reason = next((answer.stop_reason for answer in answers if answer.is_cut), "stop token")
+        report.seconds = time.perf_counter() - start
         return answers
 
-    def _features_of(self, conversations: Sequence[Conversation]) -> torch.Tensor | None:
-        """Return the features ``(N, tokens_per_image, hidden)`` of all images, row by row."""
-        images = [image for conversation in conversations for image in conversation.images]
-        digests = [digest_of(image) for image in images]
-        features = self._encode_images(dict(zip(digests, images, strict=True)))
-        return torch.stack([features[digest] for digest in digests]) if digests else None
+    def _rows_of(self, conversations: Sequence[Conversation]) -> tuple[list[list[Place]], dict[str, np.ndarray]]:
+        rows: list[list[Place]] = []
+        images: dict[str, np.ndarray] = {}
+        for conversation in conversations:
+            digests = [digest_of(image) for image in conversation.images]
+            images |= dict(zip(digests, conversation.images, strict=True))
+            rows.append(_places(self.tokenize(conversation), digests, self.processor.tokens_per_image))
+        return rows, images
 
-    def _answered(self, row: list[int], at_limit: StopReason) -> Answered:
-        """Cut a generated row at its stop token; what is behind it is padding."""
-        length = next((index for index, token in enumerate(row) if token in self.stop_ids), None)
-        token_ids = row[:length]
-        text = self.processor.decode(token_ids)
-        return Answered(text, "stop token" if length is not None else at_limit, len(token_ids))
+    def _recent_features(self, images: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Return the features of each image of a batch; the last ``RECENT_IMAGES`` are kept for the next."""
+        known = {digest: self._recent.pop(digest) for digest in images if digest in self._recent}
+        found = known | self._encode_images({digest: image for digest, image in images.items() if digest not in known})
+        self._recent |= found
+        for digest in list(self._recent)[:-RECENT_IMAGES]:
+            del self._recent[digest]
+        return found
 
-    def _sampling_options(self) -> dict[str, Any]:
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            return {"do_sample": False}
-        torch.manual_seed(sampling.seed)
-        return {
-            "do_sample": True,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-        }
+    def _begin_batch(
+        self, rows: Sequence[Sequence[Place]], features: Mapping[str, torch.Tensor]
+    ) -> tuple[DynamicCache, int]:
+        """Return the cache ``(B, ...)`` of what all rows begin with, and its length; some place of each is left out."""
+        first = rows[0][:-1]
+        shared = min(_shared_length(first, row[:-1]) for row in rows)
+        kept, known = self._prefix, _shared_length(self._prefix.places, first[:shared])
+        if shared - known < WORTHWHILE_PREFIX or len(rows) == 1:
+            shared = known  # a pass of its own for a few places costs more than they do
+        else:
+            kept.cache.crop(known - kept.cache.get_seq_length())
+            self._step(self._embed_batch([first[known:shared]], features), kept.cache)
+            kept.places = list(first[:shared])
+        cache = DynamicCache(config=self.model.config.text_config)
+        for index, layer in enumerate(kept.cache.layers if shared else []):
+            assert isinstance(layer, DynamicLayer)
+            assert layer.keys is not None
+            assert layer.values is not None
+            keys, values = (part[:, :, :shared].expand(len(rows), -1, -1, -1) for part in (layer.keys, layer.values))
+            cache.update(keys, values, index)
+        return cache, shared
+
+    def _embed_batch(self, rows: Sequence[Sequence[Place]], features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Embed rows of places ``(B, L, hidden)``, padded on the left; an image in them is never cut."""
+        ids = [
+            torch.tensor([IMAGE_TOKEN_ID if isinstance(place, tuple) else place for place in row], dtype=torch.long)
+            for row in rows
+        ]
+        starts = [place[0] for row in rows for place in row if isinstance(place, tuple) and place[1] == 0]
+        input_ids = pad_rows(ids, self.processor.pad_id, "left").to(self.model.device)
+        return self.model.embed(input_ids, torch.stack([features[name] for name in starts]) if starts else None)
+
+    def _decode(
+        self,
+        rows: Sequence[Sequence[Place]],
+        shared: int,
+        features: Mapping[str, torch.Tensor],
+        cache: DynamicCache,
+        limits: Sequence[int],
+    ) -> list[_Generated]:
+        """Generate the tokens of each row, its stop token included, behind the ``shared`` places of ``cache``."""
+        mask = pad_rows([torch.ones(len(row), dtype=torch.long) for row in rows], 0, "left").to(self.model.device)
+        mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        choosers = [self.sampling.chooser() for _ in rows]
+        embeddings, generated = self._embed_batch(rows, features), [_Generated() for _ in rows]
+        active = list(range(len(rows)))
+        while active:
+            logits = self._batch_step(embeddings, cache, mask, positions)
+            tokens, logs = self._choose(logits, [choosers[row] for row in active])
+            for row, token, log in zip(active, tokens, logs, strict=True):
+                if len(generated[row].ids) < limits[row]:
+                    generated[row].add(token, log)
+            alive = [place for place, row in enumerate(active) if self._is_going_on(generated[row].ids, limits[row])]
+            if len(alive) < len(active):
+                chosen = torch.tensor(alive, device=mask.device, dtype=torch.long)
+                cache.batch_select_indices(chosen)
+                mask, positions, active = mask[chosen], positions[chosen], [active[place] for place in alive]
+            last = torch.tensor([generated[row].ids[-1:] for row in active], device=mask.device, dtype=torch.long)
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+            positions = positions[:, -1:] + 1
+            embeddings = self.model.get_input_embeddings()(last)
+        return generated
+
+    def _batch_step(
+        self, embeddings: torch.Tensor, cache: DynamicCache, mask: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Feed ``(B, L, hidden)`` after what ``cache`` holds; return the last logits ``(B, vocabulary)``."""
+        outputs = self.model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return outputs.logits[:, -1]
+
+    def _choose(
+        self, logits: torch.Tensor, choosers: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    ) -> tuple[list[int], list[float]]:
+        """Return the next token of each row, and the logarithms of their probabilities."""
+        if self.sampling.temperature == 0:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.stack([choose(row) for choose, row in zip(choosers, logits, strict=True)])
+        chosen = logits.gather(1, tokens[:, None])[:, 0].float()
+        return tokens.tolist(), (chosen - logits.float().logsumexp(-1)).tolist()
+
+    def _is_going_on(self, token_ids: Sequence[int], limit: int) -> bool:
+        return len(token_ids) < limit and token_ids[-1] not in self.stop_ids
+
+    def _answered(self, generated: _Generated, limit: int) -> Answered:
+        """Take the stop token off a generated row, and say why it ended."""
+        ids = generated.ids
+        confidence = math.exp(generated.log_probability) if self.sampling.temperature == 0 else None
+        if ids and ids[-1] in self.stop_ids:
+            return Answered(self.processor.decode(ids[:-1]), "stop token", len(ids) - 1, confidence)
+        reason: StopReason = "max_new_tokens" if limit == self.max_new_tokens else "context"
+        return Answered(self.processor.decode(ids), reason, len(ids), confidence)
 
 
 def eos_ids(model: VilaM3ForConditionalGeneration) -> frozenset[int]:

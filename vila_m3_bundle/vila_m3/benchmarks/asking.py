@@ -32,8 +32,11 @@ def ask_record(benchmark: Benchmark, question: Question, data_root: str | Path, 
     Raises:
         UserError: if the expert's findings are missing.
     """
+    if benchmark.prompt == "conversation" and question.record is not None:
+        return replace(question.record, messages=question.record.messages[:-1])
     scores = _read_expert(benchmark, question, data_root)
-    plain = Record(question.id, (Message("user", prompt_of(benchmark, question)),), (question.image,))
+    images = (question.image,) if question.image else ()
+    plain = Record(question.id, (Message("user", prompt_of(benchmark, question)),), images)
     if benchmark.prompt in ("question", "report"):
         if scores is None:
             return plain

@@ -17,8 +17,8 @@ from vila_m3_common.prompts import FINDING_FORMS
 from ..data.record import Record, resolve_image
 from .report_metrics import METRICS
 
-GRADERS = ("exact", "pathvqa", "diff_vqa", "chestxray14", "chexpert", "report")
-PROMPTS = ("question", "report", *FINDING_FORMS)
+GRADERS = ("exact", "pathvqa", "diff_vqa", "chestxray14", "chexpert", "report", "choice", "trigger")
+PROMPTS = ("question", "report", "conversation", *FINDING_FORMS)
 _NEED_EXPERT = ("binary_conv", "text_only")
 INCLUDE = "include"
 
@@ -38,7 +38,8 @@ class Benchmark:
         options: arguments of the reader, such as ``split``.
         suffix: sentence that the reference appends to every question.
         published: model -> published score in percent, or -> metric -> score.
-        prompt: form of the question; those of findings are :data:`vila_m3_common.prompts.FINDING_FORMS`.
+        prompt: form of the question; those of findings are :data:`vila_m3_common.prompts.FINDING_FORMS`, and
+            ``conversation`` gives the record's own turns, as they are, up to its last.
         expert: folder of an expert's saved findings, below ``data_root``; empty asks without an expert.
         metrics: what tables show, the headline first.
     """
@@ -75,12 +76,13 @@ class Question:
         id: as predictions name it.
         text: without ``<image>``, before the suffix.
         answer: the true answer.
-        image: path of its image below the images' folder.
+        image: path of its (first) image below the images' folder; empty for a question about text alone.
         group: patient (or image) that intervals are drawn by; the question's own id where unknown.
         kind: ``CLOSED`` or ``OPEN``.
         category: type of the question, where a data set has them.
         finding: what a question for one finding asks for.
         findings: names in the order of their letters, where there are options.
+        record: what it was read from.
     """
 
     id: str
@@ -92,6 +94,7 @@ class Question:
     category: str = ""
     finding: str = ""
     findings: tuple[str, ...] = ()
+    record: Record | None = None
 
 
 def list_benchmarks(folder: str | Path) -> dict[str, Path]:
@@ -197,25 +200,26 @@ def _reader(benchmark: Benchmark) -> Callable[..., Iterable[Any]]:
 
 
 def _question(record: Record) -> Question:
-    asked, answered, told = record.messages[0], record.messages[1], record.metadata
+    asked, answered, told = record.messages[0], record.messages[-1], record.metadata
     kind = str(told.get("answer_type", "")).strip().upper()
     return Question(
         id=record.id,
         text=asked.text.replace(IMAGE_TOKEN, "").strip(),
         answer=answered.text,
-        image=record.images[0],
+        image=record.images[0] if record.images else "",
         group=str(told.get("patient") or record.id),
         kind="CLOSED" if kind in ("CLOSED", "YES/NO") else "OPEN",
         category=str(told.get("question_type", "")),
         finding=str(told.get("finding", "")),
         findings=tuple(told.get("findings", ())),
+        record=record,
     )
 
 
 def prompt_of(benchmark: Benchmark, question: Question) -> str:
-    """Return the user turn: image, question, and the suffix where the reference appends one."""
-    lines: Sequence[str] = [IMAGE_TOKEN, question.text, *([benchmark.suffix] if benchmark.suffix else [])]
-    return "\n".join(lines)
+    """Return the user turn: image where there is one, question, and the suffix where the reference appends one."""
+    lines: Sequence[str] = [IMAGE_TOKEN if question.image else "", question.text, benchmark.suffix]
+    return "\n".join(line for line in lines if line)
 
 
 def image_path(benchmark: Benchmark, question: Question, data_root: str | Path) -> Path:

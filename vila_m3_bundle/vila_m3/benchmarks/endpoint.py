@@ -36,6 +36,7 @@ class Endpoint:
         retries: tries after the first.
         wait_seconds: before the first retry.
         timeout_seconds: of one request.
+        parallel_count: requests at once.
     """
 
     def __init__(
@@ -46,12 +47,19 @@ class Endpoint:
         retries: int = 4,
         wait_seconds: float = 1.0,
         timeout_seconds: float = 60.0,
+        parallel_count: int = 4,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"endpoint {url!r} is no web address; give, say, http://localhost:8000/v1")
         self.url = url.rstrip("/") + "/chat/completions"
         self.model, self.max_new_tokens, self.retries = model, max_new_tokens, retries
         self.wait_seconds, self.timeout_seconds = wait_seconds, timeout_seconds
+        self.parallel_count = parallel_count
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its answers depend on."""
+        return {"endpoint": self.url, "model": self.model, "max_new_tokens": self.max_new_tokens}
 
     def answer(self, conversation: Conversation) -> str:
         """Return the next assistant turn.
@@ -108,3 +116,16 @@ def _data_url(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_endpoint(url: str | None, model: str | None, **options: Any) -> Endpoint | None:
+    """Return the endpoint of a config; None where it gives no address.
+
+    Raises:
+        UserError: if the address has no model.
+    """
+    if url is None:
+        return None
+    if not model:
+        raise UserError("--endpoint_url needs --endpoint_model, the name that the endpoint knows the model by")
+    return Endpoint(url, model, **options)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..data.cleaning import clean_report
 from .answers import is_right, parse_finding, parse_letters
+from .choice import is_choice_right
 from .definition import Benchmark, Question
 from .predictions import Predictions
 from .published import (
@@ -24,6 +25,7 @@ from .published import (
 )
 from .report_metrics import MetricMissing, score_reports
 from .statistics import AurocMeasure, Measure, SumMeasure, divide, mean_measure
+from .triggers import judge_all
 
 Items = dict[str, float | bool | None]
 
@@ -58,16 +60,24 @@ def published_items(benchmark: Benchmark, questions: Sequence[Question], predict
     return exact_match({question.id: question.answer for question in questions}, predictions.lines)
 
 
-def corrected_items(questions: Sequence[Question], predictions: Predictions) -> dict[str, bool | None]:
+def corrected_items(
+    questions: Sequence[Question], predictions: Predictions, is_choice: bool = False
+) -> dict[str, bool | None]:
     """Return question id -> right by the grammar of :mod:`.answers`; None is unparsable, a missing answer wrong.
 
     Ids are compared as text, so that the number 1 is the id "1".
     """
     texts = texts_of(predictions)
     return {
-        question.id: is_right(question.answer, texts[question.id]) if question.id in texts else False
+        question.id: _is_right(question, texts[question.id], is_choice) if question.id in texts else False
         for question in questions
     }
+
+
+def _is_right(question: Question, text: str, is_choice: bool) -> bool | None:
+    if is_choice:
+        return is_choice_right(question.text, question.answer, text)
+    return is_right(question.answer, text)
 
 
 def texts_of(predictions: Predictions) -> dict[str, str]:
@@ -78,7 +88,7 @@ def texts_of(predictions: Predictions) -> dict[str, str]:
 def grade_matches(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> Graded:
     """Grade VQA-RAD, SLAKE and PathVQA: the share of right answers."""
     published: Items = dict(published_items(benchmark, questions, predictions))
-    corrected: Items = dict(corrected_items(questions, predictions))
+    corrected: Items = dict(corrected_items(questions, predictions, benchmark.grader == "choice"))
     measures: dict[str, Measure | str] = {
         "accuracy": _mean(questions, published),
         "corrected_accuracy": _mean(questions, corrected),
@@ -365,6 +375,18 @@ def _spread(measure: Measure, places: Sequence[int], count: int) -> Measure:
     return SumMeasure(spread, parts.combine, len(places))
 
 
+def grade_triggers(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> Graded:
+    """Grade the calls of experts: the right ones, or rightly none; ``corrected`` wants the right argument too."""
+    rows = list(judge_all(questions, predictions))
+    published: Items = {row.question.id: row.names_right for row in rows}
+    corrected: Items = {row.question.id: row.outcome == "right" for row in rows}
+    measures: dict[str, Measure | str] = {
+        "accuracy": _mean(questions, published),
+        "corrected_accuracy": _mean(questions, corrected),
+    }
+    return Graded(measures, published, corrected)
+
+
 TABLE: Mapping[str, Callable[[Benchmark, Sequence[Question], Predictions], Graded]] = {
     "exact": grade_matches,
     "pathvqa": grade_matches,
@@ -372,4 +394,6 @@ TABLE: Mapping[str, Callable[[Benchmark, Sequence[Question], Predictions], Grade
     "chestxray14": grade_findings,
     "chexpert": grade_findings,
     "report": grade_reports,
+    "choice": grade_matches,
+    "trigger": grade_triggers,
 }

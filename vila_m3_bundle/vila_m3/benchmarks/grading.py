@@ -22,6 +22,7 @@ from .page import html_page
 from .predictions import Predictions, read_predictions
 from .statistics import Measure, bootstrap_interval, measure_interval, value_of
 from .tables import markdown_table
+from .triggers import describe_triggers, trigger_items
 
 
 def score(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
@@ -42,9 +43,14 @@ def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Pred
         Every score as ``{value, interval, count}``, ``corrected_*`` by the corrected grading; ``metrics`` (names in
         the order of tables), ``unparsable``, ``counts``, ``notes`` (also why a score is missing) and ``details``.
     """
-    return summarise(
+    results = summarise(
         benchmark, questions, predictions, graders.TABLE[benchmark.grader](benchmark, questions, predictions)
     )
+    if benchmark.grader == "trigger":
+        told = describe_triggers(questions, predictions)
+        results["details"] |= {"confusion": told.pop("confusion")}
+        results |= told
+    return results
 
 
 def summarise(
@@ -171,17 +177,20 @@ def write_items(
     """Write what each question was graded, one line each, with what a reader needs to judge it."""
     graded = graders.TABLE[definition.grader](definition, questions, read)
     texts = graders.texts_of(read)
+    calls = trigger_items(questions, read) if definition.grader == "trigger" else ()
+    more = {row["question_id"]: row for row in calls}
     rows = (
         {
             "question_id": question.id,
             "group": question.group,
             "question": question.text,
-            "image": str(image_path(definition, question, data_root)),
+            "image": str(image_path(definition, question, data_root)) if question.image else None,
             "answer": question.answer,
             "text": texts.get(question.id),
             "confidence": read.confidences.get(question.id),
             "published": graded.published.get(question.id),
             "corrected": graded.corrected.get(question.id),
+            **more.get(question.id, {}),
         }
         for question in questions
     )

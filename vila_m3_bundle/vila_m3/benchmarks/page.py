@@ -205,7 +205,7 @@ def _pick_failures(items: Path) -> list[dict[str, Any]]:
     wrong.sort(key=lambda row: -(row["confidence"] or 0))
     first: dict[str, dict[str, Any]] = {}
     for row in wrong:
-        first.setdefault(row["image"], row)
+        first.setdefault(row["image"] or row["question_id"], row)
     return list(first.values())[:GALLERY_SIZE]
 
 
@@ -214,7 +214,7 @@ def _card(row: Mapping[str, Any]) -> str:
     verdict = "unparsable" if row["corrected"] is None else "wrong"
     told = {"Question": row["question"], "Truth": row["answer"], f"Answer, {verdict}{sure}": row["text"]}
     lines = "".join(f"<p><b>{html.escape(name)}:</b> {html.escape(text[:400])}</p>" for name, text in told.items())
-    return f"<div>{''.join(_thumbnail(row['image']))}{lines}</div>"
+    return f"<div>{''.join(_thumbnail(row['image'])) if row['image'] else ''}{lines}</div>"
 
 
 def _thumbnail(path: str) -> Iterator[str]:

@@ -81,6 +81,9 @@ def read_predictions(path: str | Path, known: Sequence[str]) -> Predictions:
     missing = sum(name not in counts for name in known)
     told = ((repeated, "ids stand in several lines; the last counts"), (unknown, "ids are no question's; ignored"))
     notes += [f"{count} {what}" for count, what in (*told, (missing, "questions have no answer; wrong")) if count]
+    failed = [str(row["error"]) for row in rows if row.get("error") and row["question_id"] in known]
+    if failed:
+        notes.append(f"{len(failed)} questions could not be asked; wrong. The first: {failed[0]}")
     confidences, odd = _read_confidences(rows)
     if odd:
         notes.append(f"{odd} confidences are no probability (NaN, text or out of 0..1); ignored")
@@ -98,7 +101,7 @@ def _read_confidences(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, floa
 
 
 class PredictionFile:
-    """Predictions of one run, appended batch by batch; continued after a kill.
+    """Predictions of one process, appended batch by batch; continued after a kill.
 
     Args:
         path: the JSONL file.
@@ -120,6 +123,37 @@ class PredictionFile:
         """Write rows with checksums and make sure that they are on disk."""
         append_durably(self.path, "".join(map(_line, rows)))
         self.done |= {str(row["question_id"]): dict(row) for row in rows if not row.get("error")}
+
+
+def shard_path(folder: Path, name: str, rank: int) -> Path:
+    """Return the file that one of several processes appends to."""
+    return folder / f"{name}.shard{rank}.jsonl"
+
+
+def read_shards(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Return question id -> row of all processes' files, also of a run with more processes; answers before errors."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob(f"{name}.shard*.jsonl")):
+        for row in read_rows(path)[0]:
+            name_of_row = str(row["question_id"])
+            if CHECKSUM in row and (not row.get("error") or name_of_row not in found):
+                found[name_of_row] = row
+    return found
+
+
+def merge_shards(folder: Path, name: str, known: Sequence[str]) -> Path:
+    """Join the processes' files into ``<name>.jsonl`` in the order of the questions.
+
+    Raises:
+        UserError: if a question has no row; the run must go on first.
+    """
+    rows = read_shards(folder, name)
+    missing = [question_id for question_id in known if question_id not in rows]
+    if missing:
+        raise UserError(f"{len(missing)} questions of {name} have no row in {folder}; run the same command again")
+    merged = folder / f"{name}.jsonl"
+    write_atomically(merged, "".join(_line(rows[question_id]) for question_id in known))
+    return merged
 
 
 def _line(row: Mapping[str, Any]) -> str:

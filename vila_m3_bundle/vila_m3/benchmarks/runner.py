@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from tqdm import tqdm
 
 from vila_m3_common.conversation import Conversation
@@ -17,24 +24,73 @@ from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.volumes import load_picture
 
 from ..answer import Answerer
-from ..data.record import to_conversation
+from ..data.record import Record, to_conversation
 from .asking import ask_record, prompt_text
 from .definition import Benchmark, Question, image_root, load_benchmark, read_questions
 from .endpoint import Endpoint, EndpointError
 from .grading import grade, majority_predictions, write_items, write_outputs
-from .predictions import PredictionFile, read_predictions, read_rows
+from .predictions import PredictionFile, merge_shards, read_predictions, read_shards, shard_path
 
-Ask = Callable[[Sequence[Conversation]], list[dict[str, Any]]]
+Row = dict[str, Any]
+Ask = Callable[[Sequence[Conversation]], list[Row]]
+Load = Callable[[Path], np.ndarray]
+# One picture for every blank question, so that a model reads it once.
+BLANK = np.zeros((384, 384, 3), np.uint8)
+
+
+def show_blank(path: Path) -> np.ndarray:
+    """Return a black picture in place of a file."""
+    return BLANK
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of ``torchrun``."""
+
+    rank: int
+    count: int
+
+    def wait(self) -> None:
+        """Wait until all have come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes of ``torchrun``, over the CPU; one that is started alone joins nobody."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    is_mine = count > 1 and not dist.is_initialized()
+    if is_mine:
+        # Processes wait for the slowest one, which may have hours of questions left.
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield Processes(rank, count)
+    finally:
+        if is_mine:
+            dist.destroy_process_group()
 
 
 def asks_model(answerer: Answerer) -> Ask:
-    """Return a function that answers a batch with the VLM; an image in several questions is encoded once."""
+    """Return a function that answers a batch with the VLM; a question that it cannot read gets its error."""
 
-    def ask(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-        return [
-            {"text": answer.text, "stop_reason": answer.stop_reason, "confidence": answer.confidence}
-            for answer in answerer.answer_batch(conversations)
-        ]
+    def ask(conversations: Sequence[Conversation]) -> list[Row]:
+        problems: dict[int, str] = {}
+        for place, conversation in enumerate(conversations):
+            try:
+                answerer.tokenize(conversation)
+            except UserError as error:
+                problems[place] = str(error)
+        ready = [conversation for place, conversation in enumerate(conversations) if place not in problems]
+        answers = iter(answerer.answer_batch(ready))
+        rows: list[Row] = []
+        for place in range(len(conversations)):
+            if place in problems:
+                rows.append({"text": "", "error": problems[place]})
+            else:
+                answer = next(answers)
+                rows.append({"text": answer.text, "stop_reason": answer.stop_reason, "confidence": answer.confidence})
+        return rows
 
     return ask
 
@@ -42,64 +98,79 @@ def asks_model(answerer: Answerer) -> Ask:
 def asks_endpoint(endpoint: Endpoint) -> Ask:
     """Return a function that asks an endpoint; a question that it never answers gets its error and no text."""
 
-    def ask(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        for conversation in conversations:
-            try:
-                rows.append({"text": endpoint.answer(conversation)})
-            except EndpointError as error:
-                rows.append({"text": "", "error": str(error)})
-        return rows
+    def ask_one(conversation: Conversation) -> Row:
+        try:
+            return {"text": endpoint.answer(conversation)}
+        except EndpointError as error:
+            return {"text": "", "error": str(error)}
+
+    def ask(conversations: Sequence[Conversation]) -> list[Row]:
+        with ThreadPoolExecutor(endpoint.parallel_count) as pool:
+            return list(pool.map(ask_one, conversations))
 
     return ask
 
 
-def predict(
-    benchmark: Benchmark,
-    questions: Sequence[Question],
-    written: PredictionFile,
-    ask: Ask,
-    data_root: str,
-    batch_size: int,
-    is_blank: bool,
-    cards: str = "",
-) -> None:
-    """Ask what is not yet answered, images in turn so that a batch shares them; append every batch."""
-    load = lru_cache(maxsize=64)(load_picture)
-    shown = (lambda path: np.zeros_like(load(path))) if is_blank else load
-    waiting = sorted((q for q in questions if q.id not in written.done), key=lambda q: (q.image, len(q.text)))
-    title = f"{benchmark.name}{' (blank)' if is_blank else ''}"
-    with tqdm(total=len(questions), initial=len(questions) - len(waiting), desc=title, unit="question") as bar:
-        for start in range(0, len(waiting), batch_size):
-            batch = waiting[start : start + batch_size]
-            asked = [ask_record(benchmark, question, data_root, cards) for question in batch]
-            answers = ask([to_conversation(record, image_root(benchmark, data_root), shown) for record in asked])
-            written.append(
-                [
-                    {"question_id": record.id, "prompt": prompt_text(record), **answer}
-                    for record, answer in zip(asked, answers, strict=True)
-                ]
-            )
-            bar.update(len(batch))
+class Questioner:
+    """Asks the questions of one benchmark that have no answer yet.
 
+    Args:
+        benchmark: what is asked.
+        ask: answers a batch.
+        data_root: folder with the data sets' folders.
+        batch_size: questions at once.
+        is_blank: whether black pictures are shown.
+        cards: text of the model cards, for prompts that hold them.
+    """
 
-def merge_shards(folder: Path, name: str, known: Sequence[str]) -> Path | None:
-    """Join the processes' files into ``<name>.jsonl`` in the order of the questions; None while answers are missing."""
-    rows = {
-        str(row["question_id"]): row
-        for path in sorted(folder.glob(f"{name}.shard*.jsonl"))
-        for row in read_rows(path)[0]
-    }
-    if not all(question_id in rows for question_id in known):
-        return None
-    merged = folder / f"{name}.jsonl"
-    merged.unlink(missing_ok=True)
-    PredictionFile(merged, {}).append([_without_sum(rows[question_id]) for question_id in known])
-    return merged
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        ask: Ask,
+        data_root: str,
+        batch_size: int,
+        is_blank: bool = False,
+        cards: str = "",
+    ) -> None:
+        self.benchmark, self.ask, self.data_root = benchmark, ask, data_root
+        self.batch_size, self.is_blank, self.cards = batch_size, is_blank, cards
+        self.load: Load = show_blank if is_blank else lru_cache(maxsize=64)(load_picture)
 
+    def record(self, question: Question) -> Record:
+        """Return the turns of a question before its answer."""
+        return ask_record(self.benchmark, question, self.data_root, self.cards)
 
-def _without_sum(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "sha256"}
+    def run(self, questions: Sequence[Question], written: PredictionFile, done: set[str], rank: int = 0) -> None:
+        """Append the answers of ``questions`` but those ``done``, batch by batch, questions of one image together."""
+        waiting = sorted((q for q in questions if q.id not in done), key=lambda q: (q.image, len(q.text)))
+        title = f"{self.benchmark.name}{' (blank)' if self.is_blank else ''}"
+        bar = tqdm(
+            total=len(questions), initial=len(questions) - len(waiting), desc=title, unit="question", position=rank
+        )
+        with bar:
+            for start in range(0, len(waiting), self.batch_size):
+                batch = waiting[start : start + self.batch_size]
+                written.append(self.answer(batch))
+                bar.update(len(batch))
+
+    def answer(self, batch: Sequence[Question]) -> list[Row]:
+        """Return a row for each question: its turns, the answer or the error."""
+        rows: dict[str, Row] = {}
+        ready: dict[str, Conversation] = {}
+        records = {question.id: self.record(question) for question in batch}
+        for name, record in records.items():
+            try:
+                ready[name] = to_conversation(record, image_root(self.benchmark, self.data_root), self.load)
+            except (UserError, OSError) as error:
+                rows[name] = {"text": "", "error": str(error)}
+        if ready:
+            rows |= dict(zip(ready, self.ask(list(ready.values())), strict=True))
+        return [{"question_id": name, "prompt": prompt_text(record), **rows[name]} for name, record in records.items()]
+
+    def fingerprint(self, questions: Sequence[Question]) -> str:
+        """Tell one set of prompts from another, so that answers to an older one are not taken for these."""
+        texts = [(question.id, prompt_text(self.record(question))) for question in questions]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _check_names(benchmarks: Any) -> list[str]:
@@ -124,7 +195,8 @@ def run_benchmarks(
 ) -> None:
     """Run benchmarks and write ``results.json``, ``results.md``, ``report.html`` and ``predictions/``.
 
-    With ``torchrun`` each process answers every n-th question; the one that finishes last grades.
+    With ``torchrun`` each process answers every n-th question; the first one grades when all are done. A run that
+    was cut off goes on, with any number of processes.
 
     Args:
         benchmarks: names of YAML files.
@@ -132,7 +204,7 @@ def run_benchmarks(
         output_dir: where to write; a run that was cut off goes on there.
         benchmarks_dir: folder of the YAML files.
         answerer: the VLM; not needed with an endpoint.
-        settings: what the answers depend on, such as the checkpoint.
+        settings: what the VLM's answers depend on, such as the checkpoint.
         batch_size: questions at once.
         blank_baseline: whether the same questions are asked of a black image too.
         endpoint: asked in the VLM's place.
@@ -145,26 +217,60 @@ def run_benchmarks(
     if endpoint is None and answerer is None:
         raise UserError("neither a model nor an endpoint was given")
     ask = asks_endpoint(endpoint) if endpoint is not None else asks_model(answerer)  # type: ignore[arg-type]
-    folder = make_output_dir(output_dir)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings = endpoint.settings if endpoint is not None else settings or {}
+    folder = make_output_dir(output_dir) / "predictions"
+    with joined_processes() as processes:
+        for definition in definitions:
+            for is_blank in _shown_blank(definition, asked[definition.name], blank_baseline):
+                questioner = Questioner(definition, ask, data_root, batch_size, is_blank, cards)
+                _ask_share(questioner, asked[definition.name], settings, folder, processes)
+        processes.wait()
+        if processes.rank == 0:
+            _grade_all(definitions, asked, folder, data_root, blank_baseline)
+        processes.wait()
+
+
+def run_name(definition: Benchmark, is_blank: bool) -> str:
+    """Return the name of a benchmark's predictions and scores."""
+    return f"{definition.name}_blank" if is_blank else definition.name
+
+
+def _ask_share(
+    questioner: Questioner,
+    questions: Sequence[Question],
+    settings: Mapping[str, Any],
+    folder: Path,
+    processes: Processes,
+) -> None:
+    """Ask this process's share of the questions."""
+    name = run_name(questioner.benchmark, questioner.is_blank)
+    told = {**settings, "questions": questioner.fingerprint(questions)}
+    written = PredictionFile(shard_path(folder, name, processes.rank), told)
+    done = {question_id for question_id, row in read_shards(folder, name).items() if not row.get("error")}
+    questioner.run(questions[processes.rank :: processes.count], written, done, processes.rank)
+
+
+def _grade_all(
+    definitions: Sequence[Benchmark],
+    asked: Mapping[str, Sequence[Question]],
+    folder: Path,
+    data_root: str,
+    blank_baseline: bool,
+) -> None:
     results: dict[str, Any] = {}
     for definition in definitions:
         questions = asked[definition.name]
-        has_blank = blank_baseline and definition.prompt != "text_only"
-        modes = (("", False), ("_blank", True)) if has_blank else (("", False),)
-        for ending, is_blank in modes:
-            name = f"{definition.name}{ending}"
-            shard = folder / "predictions" / f"{name}.shard{rank}.jsonl"
-            written = PredictionFile(shard, {**(settings or {}), "world_size": size})
-            predict(definition, questions[rank::size], written, ask, data_root, batch_size, is_blank, cards)
-            merged = merge_shards(folder / "predictions", name, [question.id for question in questions])
-            if merged is None:
-                continue
-            read = read_predictions(merged, [question.id for question in questions])
+        known = [question.id for question in questions]
+        for is_blank in _shown_blank(definition, questions, blank_baseline):
+            name = run_name(definition, is_blank)
+            read = read_predictions(merge_shards(folder, name, known), known)
             results[name] = grade(definition, questions, read)
-            write_items(folder / "predictions" / f"{name}.items.jsonl", definition, questions, read, data_root)
+            write_items(folder / f"{name}.items.jsonl", definition, questions, read, data_root)
         results[f"{definition.name}_majority"] = grade(definition, questions, majority_predictions(questions))
-    if any(definition.name not in results for definition in definitions):
-        print(f"process {rank} of {size} is done; the last one grades")
-        return
-    write_outputs(folder, definitions, results)
+    write_outputs(folder.parent, definitions, results)
+
+
+def _shown_blank(definition: Benchmark, questions: Sequence[Question], blank_baseline: bool) -> tuple[bool, ...]:
+    """Return whether pictures are blank in each run of a benchmark; without pictures there is only one."""
+    has_pictures = definition.prompt != "text_only" and any(question.image for question in questions)
+    return (False, True) if blank_baseline and has_pictures else (False,)
