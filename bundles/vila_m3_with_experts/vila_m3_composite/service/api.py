@@ -81,7 +81,8 @@ async def complete(request: Request, body: ChatRequest, owner: Owner) -> Respons
     """Answer a conversation; see OpenAI's API reference, and the bundle's documentation for the additions."""
     run = await open_run(request, body, owner)
     if body.stream:
-        return StreamingResponse(_stream(request, body, run), media_type="text/event-stream")
+        events = await begin(follow(request, run))
+        return StreamingResponse(_stream(body, run, events), media_type="text/event-stream")
     content = await finish(request, run)
     message = {"role": "assistant", "content": content, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "length" if run.is_cut else "stop"}
@@ -107,13 +108,16 @@ async def follow(request: Request, run: ChatRun) -> AsyncIterator[Event]:
     """
     events = run.events().__aiter__()
     pending: asyncio.Future[Event] | None = None
+    looked = time.monotonic()
     try:
         while True:
             pending = pending or asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait([pending], timeout=_POLL_SECONDS)
-            if not done:
+            if time.monotonic() - looked >= _POLL_SECONDS:
+                looked = time.monotonic()
                 if await request.is_disconnected():
                     return
+            if not done:
                 continue
             finished, pending = pending, None
             try:
@@ -125,6 +129,23 @@ async def follow(request: Request, run: ChatRun) -> AsyncIterator[Event]:
         run.cancel()
         if pending is not None:
             pending.cancel()
+
+
+async def begin(events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    """Wait for the first event, so that a request that cannot be answered gets a status of its own.
+
+    Raises:
+        ApiError: if the run fails before it.
+    """
+    first = await anext(events, None)
+
+    async def all_events() -> AsyncIterator[Event]:
+        if first is not None:
+            yield first
+        async for event in events:
+            yield event
+
+    return all_events()
 
 
 async def finish(request: Request, run: ChatRun) -> str:
@@ -172,11 +193,11 @@ class _Chunks:
         return f"data: {json.dumps({**self._head, **fields})}\n\n"
 
 
-async def _stream(request: Request, body: ChatRequest, run: ChatRun) -> AsyncIterator[str]:
+async def _stream(body: ChatRequest, run: ChatRun, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     chunks = _Chunks(body)
     try:
         yield chunks.write({"role": "assistant", "content": ""})
-        async for event in follow(request, run):
+        async for event in events:
             if event["type"] == "content":
                 yield chunks.write({"content": event["text"]})
             elif body.experts == "shown" and event["type"] != "finished":
@@ -186,6 +207,8 @@ async def _stream(request: Request, body: ChatRequest, run: ChatRun) -> AsyncIte
             yield chunks.write_raw({"choices": [], "usage": _usage(run)})
     except ApiError as error:
         yield f"data: {json.dumps(error.body())}\n\n"
+    finally:
+        run.cancel()
     yield "data: [DONE]\n\n"
 
 

@@ -125,7 +125,10 @@ def check_picture(path: Path, limits: Limits) -> None:
             if getattr(image, "n_frames", 1) != 1:
                 raise _refused("the picture has several frames")
             image.load()
-    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        message = f"the picture has far more pixels than are allowed ({limits.image_pixels})"
+        raise ApiError(413, message, "image_too_large", "file") from error
+    except (OSError, ValueError, SyntaxError, zlib.error) as error:
         raise _refused("the picture is damaged") from error
 
 

@@ -17,8 +17,8 @@ from fastapi import APIRouter, Depends, File, Query, Request, Response, UploadFi
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from .access import owner_of
-from .api import ERRORS, finish, follow, open_run, receive_file
-from .chat import ChatRun
+from .api import ERRORS, begin, finish, follow, open_run, receive_file
+from .chat import Event
 from .errors import ApiError
 from .schemas import ChatRequest
 
@@ -82,7 +82,8 @@ async def complete(
     body = ChatRequest(model=request.app.state.service.settings.model_id, messages=asked)
     run = await open_run(request, body, owner)
     if stream:
-        return StreamingResponse(_stream(request, run, client, asked), media_type="text/event-stream")
+        events = await begin(follow(request, run))
+        return StreamingResponse(_stream(events, client, asked), media_type="text/event-stream")
     content = await finish(request, run)
     client.messages = [*asked, {"role": "assistant", "content": content}]
     return Response(json.dumps(_answer(content)), media_type="application/json")
@@ -102,10 +103,10 @@ def _answer(text: str) -> dict[str, Any]:
     return {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
 
 
-async def _stream(request: Request, run: ChatRun, client: Client, asked: list[dict[str, Any]]) -> AsyncIterator[str]:
+async def _stream(events: AsyncIterator[Event], client: Client, asked: list[dict[str, Any]]) -> AsyncIterator[str]:
     content = ""
     try:
-        async for event in follow(request, run):
+        async for event in events:
             if event["type"] == "content":
                 content += event["text"]
                 yield f"data: {json.dumps(_answer(event['text']))}\n\n"

@@ -56,7 +56,7 @@ def serve(
         Path(data_dir), str(model_id), Limits.from_config(limits), keys, tuple(map(str, image_urls)), names
     )
     listener = _bind(host, port)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _write_log()
     with Composite(**composite) as members, listener:
         app = create_app(members, settings)
         address = f"[{host}]" if ":" in host else host
@@ -64,6 +64,16 @@ def serve(
         # Access lines of uvicorn hold whole addresses, and so what a user typed; the Gatekeeper writes its own.
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _write_log() -> None:
+    """Log the service's requests and faults on stderr, whatever the bundle's logging config shows of the models."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger(__package__)
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.propagate = False
 
 
 def _bind(host: str, port: int) -> socket.socket:
