@@ -95,9 +95,8 @@ class ScriptedVlm:
             return "I segmented the bones using <VISTA3D(bone)>."
         if "SLOW" in question:
             return " ".join(f"word{number}" for number in range(60))
-        return (
-            f"I read {len(conversation.context)} turns and {len(conversation.images)} images; you said {question[:40]}"
-        )
+        said = question[:40].replace("<", "(")  # what the VLM writes itself would be a trigger
+        return f"I read {len(conversation.context)} turns and {len(conversation.images)} images; you said {said}"
 
 
 class Thresholder:
