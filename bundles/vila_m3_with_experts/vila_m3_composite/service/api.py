@@ -202,6 +202,8 @@ async def _stream(body: ChatRequest, run: ChatRun, events: AsyncIterator[Event])
                 yield chunks.write({"content": event["text"]})
             elif body.experts == "shown" and event["type"] != "finished":
                 yield chunks.write({}, vila_m3=event)
+            elif event["type"] == "expert_running":
+                yield ": an expert runs\n\n"  # a comment, so that no proxy takes the silence for an end
         yield chunks.write({}, "length" if run.is_cut else "stop", vila_m3={"type": "finished", **run.summary})
         if body.stream_options and body.stream_options.include_usage:
             yield chunks.write_raw({"choices": [], "usage": _usage(run)})

@@ -58,7 +58,7 @@ def create_app(composite: Any, settings: Settings, sweep_seconds: float = _SWEEP
         version="1",
         lifespan=lifespan,
         redirect_slashes=False,
-        docs_url="/docs",
+        docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
     )
     app.state.service = service

@@ -37,12 +37,13 @@ from .metrics import Metrics
 from .schemas import ChatRequest, Message
 from .settings import Settings
 from .store import FileStore
-from .vlm_queue import Abandoned, Job, Options, Usage, VlmQueue
+from .vlm_queue import Abandoned, Job, Options, OutOfTime, Usage, VlmQueue
 
 logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 MAX_STOPS, LONGEST_STOP = 4, 200
+_END_SECONDS = 5.0
 
 
 class ChatService:
@@ -65,6 +66,7 @@ class ChatService:
         self._threads = ThreadPoolExecutor(limits.running, thread_name_prefix="conversation")
         self._lock = threading.Lock()
         self._admitted = 0
+        self.is_closing = False
         self.metrics.waiting.set_function(lambda: max(0, self._admitted - limits.running))
         self.metrics.running.set_function(lambda: min(self._admitted, limits.running))
         self.metrics.kept.set_function(lambda: len(self.memory))
@@ -123,7 +125,8 @@ class ChatService:
             logger.info("%d files were erased", count)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; conversations in work end at their next step."""
+        self.is_closing = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.vlm.close()
 
@@ -189,10 +192,14 @@ class ChatRun:
         try:
             self._check()
             self._answer()
+        except OutOfTime:
+            limit = self._service.settings.limits.request_seconds
+            error = ApiError(504, f"the request took longer than {limit:g} s", "request_timeout")
+            self._put({"type": "error", "error": error})
         except Abandoned:
             pass
-        except BaseException as error:
-            told = as_api_error(error)
+        except BaseException as fault:
+            told = as_api_error(fault)
             if told.status == 500:
                 logger.exception("a conversation failed")
             self._put({"type": "error", "error": told})
@@ -204,11 +211,10 @@ class ChatRun:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def _check(self) -> None:
-        if self._is_cancelled:
+        if self._is_cancelled or self._service.is_closing:
             raise Abandoned
-        limit = self._service.settings.limits.request_seconds
-        if time.perf_counter() - self._start > limit:
-            raise ApiError(504, f"the request took longer than {limit:g} s", "request_timeout")
+        if time.perf_counter() - self._start > self._service.settings.limits.request_seconds:
+            raise OutOfTime
 
     def _answer(self) -> None:
         service, said, options = self._service, self._said, self._request.study
@@ -282,6 +288,8 @@ class ChatRun:
             # A turn that calls an expert is never cut: its text is not part of the answer.
             text = "".join(job)
             yield text if parse_triggers(text) else "".join(until_stop([text], self._stops))
+        # After a stop sequence the VLM is still at its last token; the counts come with its end.
+        job.is_over.wait(_END_SECONDS)
         self.usage += job.usage
         self.is_cut = job.is_cut
 

@@ -99,7 +99,7 @@ def install_handlers(app: FastAPI) -> None:
         code = "not_found" if error.status_code == 404 else None
         message = str(error.detail)
         if error.status_code in (404, 405):
-            message = f"{request.method} {request.url.path[:200]}: {message}; see /docs for what there is"
+            message = f"{request.method} {request.url.path[:200]}: {message}; see /openapi.json for what there is"
         return respond(ApiError(error.status_code, message, code), error.headers)
 
     @app.exception_handler(Exception)
@@ -111,14 +111,12 @@ def _describe_invalid(problems: Sequence[Any]) -> ApiError:
     """Tell the first problem of a request in words; what the client sent is not repeated."""
     problem = problems[0]
     place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]
-    param = ".".join(place) or None
+    param = ".".join(place)[:200] or None
     if problem["type"] == "extra_forbidden":
         from .schemas import PARAMETERS
 
         hint = near_match_hint(place[-1], PARAMETERS) if len(place) == 1 else ""
-        return ApiError(
-            400, f"unknown parameter {'.'.join(place)[:200]!r}; {hint}".rstrip("; "), "unknown_parameter", param
-        )
+        return ApiError(400, f"unknown parameter {param!r}; {hint}".rstrip("; "), "unknown_parameter", param)
     if problem["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON", "invalid_json")
     return ApiError(400, f"{param or 'the body'}: {problem['msg']}", "invalid_value", param)

@@ -56,7 +56,14 @@ class Viewer:
         Raises:
             ApiError, UserError: if the files cannot be used together.
         """
-        study = open_study(self._builder.find_paths(file_ids, owner, self._store.new_folder()), modality)
+        folder = self._store.new_folder()
+        try:
+            study = open_study(self._builder.find_paths(file_ids, owner, folder), modality)
+        except BaseException:
+            self._store.drop_folder(folder)
+            raise
+        if not any(path.is_relative_to(folder) for path in study.paths):
+            self._store.drop_folder(folder)
         study_id = f"study-{secrets.token_hex(16)}"
         described = {"id": study_id, "object": "study", "files": list(file_ids), **describe(study)}
         with self._lock:

@@ -23,6 +23,10 @@ class Abandoned(BaseException):
     """Nobody waits for the answer any more; passes every handler of ordinary errors, as an interrupt does."""
 
 
+class OutOfTime(Abandoned):
+    """The request took longer than it may."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How a turn is generated: turns of equal options can be answered in one batch.
@@ -63,6 +67,7 @@ class Job:
         self.notes: list[str] = []
         self.is_cut = False
         self.is_cancelled = False
+        self.is_over = threading.Event()
         self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
     def __iter__(self) -> Iterator[str]:
@@ -89,6 +94,7 @@ class Job:
     def end(self, error: BaseException | None = None) -> None:
         """Say that the turn is whole, or why not."""
         self._pieces.put(error)
+        self.is_over.set()
 
 
 class VlmQueue:
