@@ -12,7 +12,7 @@ const EXAMPLES = {
   CXR: ["Is there a pleural effusion?", "What are the findings?"],
 };
 // Letters at the left and upper edge of a slice: sagittal, coronal, axial.
-const MARKS = [["P", "S"], ["R", "S"], ["R", "A"]];
+const MARKS = [["A", "S"], ["R", "S"], ["R", "A"]];
 const COLUMNS = [
   ["name", "structure"], ["volume_ml", "mL"], ["component_count", "parts"], ["longest_diameter_mm", "longest mm"],
   ["perpendicular_diameter_mm", "perp. mm"], ["mean_hu", "mean HU"], ["side", "side"], ["largest_slice", "largest in"],
@@ -101,11 +101,13 @@ async function openFiles(files) {
 }
 
 async function openStudy(ids) {
+  state.abort?.abort();
   const body = JSON.stringify({ files: ids, modality: $("modality").value || null });
   const response = await call("/v1/studies", { method: "POST", body, headers: { "Content-Type": "application/json" } });
-  state.study = await response.json();
+  const study = await response.json();
+  state.study = null;
   startConversation();
-  const { study } = state;
+  state.study = study;
   const size = study.is_planar ? `${study.shape[0]} × ${study.shape[1]} pixels` : `${study.shape.join(" × ")} voxels`;
   $("study").textContent = `${study.modality} (known from: ${study.source}), ${size}`;
   for (const note of study.notes) say(note, "note");
@@ -194,10 +196,16 @@ function fit() {
   }
 }
 
+function clearOverlay() {
+  state.overlay = null;
+  $("overlay").hidden = true;
+  $("labels").hidden = true;
+}
+
 function setOverlay(expert) {
   state.overlay = expert;
-  $("overlay").hidden = expert === null;
-  $("legend").replaceChildren(...(expert?.labels ?? []).map((label) => {
+  $("overlay").hidden = false;
+  $("legend").replaceChildren(...expert.labels.map((label) => {
     const row = expert.measurements.find((measured) => measured.label === label.label);
     const button = element("button");
     const swatch = element("span", "", "swatch");
@@ -231,7 +239,8 @@ function startConversation() {
   $("hint").hidden = false;
   $("download").disabled = true;
   $("about").textContent = "";
-  if (state.study) setOverlay(null);
+  clearOverlay();
+  draw();
 }
 
 function firstContent(text) {
@@ -484,7 +493,7 @@ $("stop").onclick = () => state.abort?.abort();
 $("fresh").onclick = startConversation;
 $("download").onclick = download;
 $("key").onchange = loadModel;
-window.onresize = fit;
+new ResizeObserver(fit).observe($("stage"));
 
 async function loadModel() {
   try {
