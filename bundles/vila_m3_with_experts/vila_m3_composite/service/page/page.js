@@ -58,6 +58,11 @@ function element(tag, text = "", className = "") {
   return made;
 }
 
+// Notes are written for the command line and the page alike; here the options are controls.
+function forPage(note) {
+  return note.replace("(--modality overrules)", "(choose the modality above to overrule)");
+}
+
 function say(text, className) {
   $("hint").hidden = true;
   const made = element("div", text, `message ${className}`);
@@ -110,7 +115,7 @@ async function openStudy(ids) {
   state.study = study;
   const size = study.is_planar ? `${study.shape[0]} × ${study.shape[1]} pixels` : `${study.shape.join(" × ")} voxels`;
   $("study").textContent = `${study.modality} (known from: ${study.source}), ${size}`;
-  for (const note of study.notes) say(note, "note");
+  for (const note of study.notes) say(forPage(note), "note");
   $("empty").hidden = true;
   $("controls").hidden = study.is_planar;
   fill($("window"), Object.keys(WINDOWS[study.modality] ?? WINDOWS.MRI));
@@ -373,13 +378,13 @@ class Turn {
     for (const note of event.notes) {
       if (this.notes.has(note) || state.study?.notes.includes(note)) continue;
       this.notes.add(note);
-      if (this.content) say(note, "note");
+      if (this.content) say(forPage(note), "note");
       else this.early = [...(this.early ?? []), note];
     }
   }
 
   on_finished(event) {
-    for (const note of this.early ?? []) say(note, "note");
+    for (const note of this.early ?? []) say(forPage(note), "note");
     state.conversation = event.conversation;
     $("download").disabled = false;
   }
@@ -409,7 +414,8 @@ function table(rows) {
   const columns = COLUMNS.filter(([key]) => rows.some((row) => row[key] !== undefined));
   const made = element("table");
   const head = element("tr");
-  head.append(...columns.map(([, title]) => element("th", title)));
+  const isFindings = rows.some((row) => row.threshold !== undefined);
+  head.append(...columns.map(([key, title]) => element("th", key === "name" && isFindings ? "finding" : title)));
   made.append(head);
   for (const row of rows) {
     const line = element("tr", "", row.probability > row.threshold ? "present" : "");
