@@ -19,7 +19,7 @@ const COLUMNS = [
   ["probability", "probability"], ["threshold", "threshold"],
 ];
 
-const state = { study: null, axis: 2, index: 0, overlay: null, messages: [], asked: null, conversation: null, abort: null, model: "" };
+const state = { study: null, axis: 2, index: 0, overlay: null, messages: [], asked: null, notes: new Set(), conversation: null, abort: null, model: "" };
 const pictures = new Map(); // address -> promise of an object URL
 const MAX_PICTURES = 160;
 
@@ -239,6 +239,7 @@ function startConversation() {
   state.abort?.abort();
   state.messages = [];
   state.asked = null;
+  state.notes = new Set();
   state.conversation = null;
   $("messages").replaceChildren($("hint"));
   $("hint").hidden = false;
@@ -315,7 +316,6 @@ class Turn {
     this.bubbles = new Map();
     this.card = null;
     this.waiting = [];
-    this.notes = new Set();
   }
 
   take(chunk) {
@@ -376,8 +376,8 @@ class Turn {
 
   on_study(event) {
     for (const note of event.notes) {
-      if (this.notes.has(note) || state.study?.notes.includes(note)) continue;
-      this.notes.add(note);
+      if (state.notes.has(note) || state.study?.notes.includes(note)) continue;
+      state.notes.add(note);
       if (this.content) say(forPage(note), "note");
       else this.early = [...(this.early ?? []), note];
     }
