@@ -1,6 +1,7 @@
 # Commands for users and developers of the collection; `make` or `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
+PORT ?= 8080
 BIN := $(VENV)/bin
 # A new bundle brings a new package, which the editable install must learn of.
 PACKAGES := $(wildcard */*/__init__.py bundles/*/*/__init__.py)
@@ -8,7 +9,7 @@ PACKAGES := $(wildcard */*/__init__.py bundles/*/*/__init__.py)
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format zips bench clean
+.PHONY: help venv demo serve test test-slow check format zips bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,10 @@ $(VENV)/.packages: $(VENV)/.requirements pyproject.toml setup.py $(PACKAGES)
 
 demo: venv  ## ask the nano model about synthetic images; writes a report
 	$(BIN)/python -m vila_m3_composite.demo
+
+serve: venv  ## start the OpenAI-compatible service and the chat page on 127.0.0.1:8080; PORT= for another port
+	$(BIN)/python -m monai.bundle run --port $(PORT) \
+	    --config_file "['bundles/vila_m3_with_experts/configs/inference.json','bundles/vila_m3_with_experts/configs/serve.json']"
 
 test: venv  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest

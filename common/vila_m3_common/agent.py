@@ -19,6 +19,8 @@ from .trigger import Trigger, parse_triggers
 logger = logging.getLogger(__name__)
 
 Answer = Callable[[Conversation], Iterable[str]]
+# (study, expert, argument, slice, axis) -> the question that was asked, and the expert's result.
+Results = dict[tuple[object, ...], tuple[str, ExpertResult]]
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,14 @@ class Session:
     """One conversation about one study.
 
     Args:
-        study: the images.
+        study: the images; None for a conversation without images, which no expert can help.
         output_dir: folder that exists, for the files of the experts.
         slice_index: RAS index of the slice that the VLM sees; None takes the middle.
         axis: 0 sagittal, 1 coronal, 2 axial.
         t1c_only: show T1c in all four MRI places, as the reference did.
     """
 
-    study: Study
+    study: Study | None
     output_dir: Path
     slice_index: int | None = None
     axis: int = 2
@@ -113,6 +115,8 @@ class Agent:
         max_expert_calls: bound on the calls of one question.
         tells_measurements: whether the expert turn holds the measurements too; no released weights
             were trained with them.
+        results: earlier results of experts that may be reused; None keeps those of this agent alone. A program
+            that gives each request an agent of its own hands on what one conversation has.
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class Agent:
         variant: prompts.Variant = "trained",
         max_expert_calls: int = 4,
         tells_measurements: bool = False,
+        results: Results | None = None,
     ) -> None:
         self.answer = answer
         self.experts = dict(experts)
@@ -130,7 +135,7 @@ class Agent:
         self.variant = variant
         self.max_expert_calls = max_expert_calls
         self.tells_measurements = tells_measurements
-        self._results: dict[tuple[object, ...], tuple[str, ExpertResult]] = {}
+        self._results: Results = {} if results is None else results
 
     def ask(self, session: Session, question: str, listener: Listener | None = None) -> str:
         """Put a question to a session and return the answer.
@@ -149,7 +154,7 @@ class Agent:
             raise UserError(
                 "the question is empty; ask something, for example --question 'Are there any liver masses?'"
             )
-        listener.on_turn(session.record(self._user_turn(session, text), 0.0))
+        listener.on_turn(session.record(self.user_turn(session, text), 0.0))
         remaining = self.max_expert_calls
         while True:
             reply = self._reply(session, listener)
@@ -165,8 +170,17 @@ class Agent:
                 return session.answer
             remaining -= len(triggers)
 
-    def _user_turn(self, session: Session, text: str) -> Turn:
-        if session.conversation.turns:
+    def user_turn(self, session: Session, text: str) -> Turn:
+        """Return what the model reads of a question: the first one about a study shows its images.
+
+        Args:
+            session: gets the index of the slice that is shown, and notes about the study.
+            text: the question, already neutralised.
+
+        Raises:
+            UserError: if the slice does not exist.
+        """
+        if session.conversation.turns or session.study is None:
             return Turn("user", text)
         images, session.slice_index = render_images(session.study, session.slice_index, session.axis, session.t1c_only)
         for note in (*session.study.notes, *self._unread_notes(session.study)):
@@ -216,15 +230,18 @@ class Agent:
             text = prompts.not_available(trigger.name, tuple(self.experts))
             return ExpertCall(trigger, ExpertResult(text, is_error=True), False)
         expert = self.experts[trigger.name]
-        reason = refusal(expert.card, session.study) or expert.card.unknown_argument_message(trigger.argument)
+        study = session.study
+        if study is None:
+            return _failed(trigger, "no image was given", question)
+        reason = refusal(expert.card, study) or expert.card.unknown_argument_message(trigger.argument)
         if reason:
             return _failed(trigger, reason, question)
-        key = (session.study.fingerprint, trigger.name, trigger.argument, session.slice_index, session.axis)
+        key = (study.fingerprint, trigger.name, trigger.argument, session.slice_index, session.axis)
         if key in self._results:
             asked, result = self._results[key]
             return ExpertCall(trigger, _about(result, asked, question), True)
         try:
-            result = expert.run(self._request(session, trigger, question))
+            result = expert.run(self._request(session, study, trigger, question))
         except Exception as error:
             cause = find_user_error(error)
             if cause is None:
@@ -236,12 +253,12 @@ class Agent:
         self._results[key] = (question, result)
         return ExpertCall(trigger, result, False)
 
-    def _request(self, session: Session, trigger: Trigger, question: str) -> ExpertRequest:
+    def _request(self, session: Session, study: Study, trigger: Trigger, question: str) -> ExpertRequest:
         number = 1 + sum(not call.is_reused for call in session.calls)
         while any(session.output_dir.glob(f"{number:02d}_*")):
             number += 1
         return ExpertRequest(
-            image_paths=tuple(str(path.resolve()) for path in session.study.paths),
+            image_paths=tuple(str(path.resolve()) for path in study.paths),
             argument=trigger.argument,
             slice_index=session.slice_index,
             axis=session.axis,

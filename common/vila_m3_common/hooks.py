@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,12 +139,21 @@ class BundleVlm:
         if "answer" not in self._workflow.parser:
             raise UserError(f"bundle {self.root.name} declares no hook `answer` ({VLM_HOOKS['answer'][1]})")
 
-    def __call__(self, conversation: Conversation) -> Iterator[str]:
-        """Yield the next assistant turn piece by piece."""
+    @property
+    def hook(self) -> Any:
+        """The bundle's ``answer`` hook; getting it loads the weights.
+
+        Raises:
+            RuntimeError: after :meth:`close`.
+        """
         if self._workflow is None:
             raise RuntimeError("the VLM has been closed")
         with quiet():
-            answer = self._workflow.answer
+            return self._workflow.answer
+
+    def __call__(self, conversation: Conversation) -> Iterator[str]:
+        """Yield the next assistant turn piece by piece."""
+        answer = self.hook
         yield from answer(conversation)
         self.notes = list(getattr(answer, "notes", ()))
 
@@ -224,18 +234,43 @@ def forget_duplicate_paths() -> None:
     sys.path[:] = list(dict.fromkeys(sys.path))
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep MONAI's and ignite's informational log lines and warnings out of a conversation."""
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
+class _Quiet:
+    """Disables log lines and warnings of the process while at least one thread asks for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._restore = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count > 1:
+                return
+            disabled = logging.root.manager.disable
+            logging.disable(max(disabled, logging.WARNING))
+            self._restore.callback(logging.disable, disabled)
+            self._restore.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        forget_duplicate_paths()
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                self._restore.close()
+                forget_duplicate_paths()
+
+
+_QUIET = _Quiet()
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Keep MONAI's and ignite's informational log lines and warnings out of a conversation.
+
+    Both are settings of the whole process: of several threads the first one changes them, and the last one puts
+    back what was.
+    """
+    return _QUIET
 
 
 def open_experts(roots: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> dict[str, BundleExpert]:

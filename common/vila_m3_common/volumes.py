@@ -106,6 +106,11 @@ def load_volume(path: str | Path) -> Volume:
     return _load_volume(path.resolve(), tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in stamps))
 
 
+def forget_volumes() -> None:
+    """Drop the volumes that :func:`load_volume` keeps; for a program that erases the files of its users."""
+    _load_volume.cache_clear()
+
+
 @functools.lru_cache(maxsize=6)
 def _load_volume(path: Path, _stamps: tuple[tuple[int, int], ...]) -> Volume:
     array, affine = _read(path)

@@ -262,3 +262,21 @@ def test_cards_of_new_experts_stand_before_the_instruction() -> None:
         "Give the model <NAME(args)> when selecting a suitable expert model.",
     ]
     assert add_cards(old.render() + "\n", [old]) == old.render() + "\n"
+
+
+def test_a_session_without_a_study_is_answered_and_its_triggers_are_refused(tmp_path: Path) -> None:
+    vlm, expert = ScriptedVlm("Let me trigger <VISTA3D(everything)>.", "I see nothing"), FakeExpert(CT_CARD)
+    session = Session(None, tmp_path)
+    assert Agent(vlm, {"VISTA3D": expert}, CARDS).ask(session, "What is a liver?") == "I see nothing"
+    assert vlm.seen[0] == ["What is a liver?"]
+    assert session.conversation.turns[2].text.startswith("The expert VISTA3D could not be run: no image was given.")
+    assert expert.requests == []
+
+
+def test_agents_of_one_conversation_share_the_results_that_they_are_given(ct_session: Session) -> None:
+    expert, results = FakeExpert(CT_CARD), {}
+    for _ in range(2):
+        vlm = ScriptedVlm("Let me trigger <VISTA3D(hepatic tumor)>.", "yes")
+        Agent(vlm, {"VISTA3D": expert}, CARDS, results=results).ask(ct_session, "Are there any liver masses?")
+    assert len(expert.requests) == 1
+    assert [call.is_reused for call in ct_session.calls] == [False, True]

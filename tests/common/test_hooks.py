@@ -1,5 +1,7 @@
 import logging
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -122,3 +124,25 @@ def test_quiet_silences_warnings_inside_and_drops_repeated_paths() -> None:
         sys.path.append(sys.path[0])
     assert ignite.isEnabledFor(logging.WARNING)
     assert len(sys.path) == len(set(sys.path))
+
+
+def test_quiet_of_several_threads_ends_with_the_last_one() -> None:
+    """Neither log lines nor warnings of the process stay switched off, whichever thread ends first."""
+    before, filters = logging.root.manager.disable, list(warnings.filters)
+    first_ends, second_is_in = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with quiet():
+            second_is_in.set()
+            assert first_ends.wait(10)
+            assert logging.root.manager.disable >= logging.WARNING
+
+    thread = threading.Thread(target=second)
+    with quiet():
+        thread.start()
+        assert second_is_in.wait(10)
+    assert logging.root.manager.disable >= logging.WARNING
+    first_ends.set()
+    thread.join()
+    assert logging.root.manager.disable == before
+    assert list(warnings.filters) == filters

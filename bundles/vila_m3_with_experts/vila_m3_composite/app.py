@@ -45,13 +45,14 @@ class Composite:
     ) -> None:
         with ExitStack() as stack:
             vlm_root = find_member(vlm_bundle, bundle_root)
-            self._vlm = BundleVlm(vlm_root, vlm_overrides)
-            stack.callback(self._vlm.close)
+            self.vlm = BundleVlm(vlm_root, vlm_overrides)
+            stack.callback(self.vlm.close)
             roots = [find_member(name, bundle_root) for name in expert_bundles]
+            self.expert_overrides = expert_overrides
             self.experts = open_experts(roots, expert_overrides)
             stack.callback(close_experts, self.experts)
             cards = (vlm_root / "configs" / "model_cards.txt").read_text()
-            self.agent = Agent(self._vlm, self.experts, cards, variant, max_expert_calls, tells_measurements)
+            self.agent = Agent(self.vlm, self.experts, cards, variant, max_expert_calls, tells_measurements)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Composite:

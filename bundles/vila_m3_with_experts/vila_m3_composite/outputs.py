@@ -78,11 +78,12 @@ def case_name(study: Study) -> str:
 def write_session(session: Session, folder: Path, case: str, cards: str) -> dict[str, Any]:
     """Write pictures, ``answer.txt`` and ``conversation.json``; return the content of the latter."""
     turns = [_turn_record(record, index, folder, cards) for index, record in enumerate(session.records)]
+    study = session.study
     record = {
         "case": case,
-        "images": [path.name for path in session.study.paths],
-        "modality": session.study.modality,
-        "modality_source": session.study.source,
+        "images": [path.name for path in study.paths] if study else [],
+        "modality": study.modality if study else "none",
+        "modality_source": study.source if study else "no image",
         "slice_index": session.slice_index,
         "axis": session.axis,
         "notes": session.notes,
