@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vila_m3.batches import RecordDataset, StepBatches, StepCollator, make_loader
+from vila_m3.batches import MixtureDataset, StepBatches, StepCollator, make_loader, open_mixture
 from vila_m3.data.record import Message, Record, format_row
 from vila_m3.model import VilaM3ForConditionalGeneration
+from vila_m3.phantom_conversations import ConversationMaker
 from vila_m3.processor import VilaM3Processor
 from vila_m3.run_state import RunState
 from vila_m3.trainer import StageTrainer, WeightAverage, cosine_schedule, learner, train_parts, trained_parameters
@@ -53,17 +54,36 @@ def write_records(folder: Path, numbers: Sequence[int]) -> Path:
     return file
 
 
+def write_phantoms(file: Path, maker: ConversationMaker, seeds: Sequence[int]) -> Path:
+    """Write conversations about phantoms, with their pictures beside the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in seeds:
+        conversation = maker(seed).conversation
+        names = [f"{file.stem}_{seed}_{index}.png" for index in range(len(conversation.images))]
+        for name, image in zip(names, conversation.images, strict=True):
+            Image.fromarray(image).save(file.parent / name)
+        messages = [Message(turn.role, turn.text, turn.in_context) for turn in conversation.turns]
+        rows.append(format_row(Record(f"{file.stem} {seed}", tuple(messages), tuple(names))))
+    file.write_text("".join(f"{row}\n" for row in rows))
+    return file
+
+
+def open_records(file: Path, processor: VilaM3Processor, **keywords: Any) -> MixtureDataset:
+    return MixtureDataset(open_mixture([file], file.parent), processor, **keywords)
+
+
 @pytest.fixture
-def dataset(tmp_path: Path, processor: VilaM3Processor) -> RecordDataset:
+def dataset(tmp_path: Path, processor: VilaM3Processor) -> MixtureDataset:
     """Ten conversations, two of each kind."""
-    return RecordDataset([write_records(tmp_path / "data", range(10))], tmp_path / "data", processor)
+    return open_records(write_records(tmp_path / "data", range(10)), processor)
 
 
 Start = Callable[..., StageTrainer]
 
 
 @pytest.fixture
-def start(model: VilaM3ForConditionalGeneration, dataset: RecordDataset, tmp_path: Path) -> Start:
+def start(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, tmp_path: Path) -> Start:
     """Return a function that makes a trainer on ``dataset``, from the same weights each time."""
     first = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -77,12 +97,14 @@ def start(model: VilaM3ForConditionalGeneration, dataset: RecordDataset, tmp_pat
         handlers: Sequence[Any] = (),
         state: dict[str, Any] | None = None,
         learning_rate: float = 1e-3,
+        data: MixtureDataset | None = None,
         **keywords: Any,
     ) -> StageTrainer:
         torch.manual_seed(0)
         model.load_state_dict(first)
         network = learner(train_parts(model, parts))
-        sampler = StepBatches(dataset, step_size, epochs)
+        items = data or dataset
+        sampler = StepBatches(items.mixture, step_size, epochs)
         optimizer = torch.optim.AdamW(trained_parameters(network), lr=learning_rate, weight_decay=0.0)
         scheduler = cosine_schedule(optimizer, len(sampler))
         average = WeightAverage(network)
@@ -94,7 +116,7 @@ def start(model: VilaM3ForConditionalGeneration, dataset: RecordDataset, tmp_pat
         return StageTrainer(
             "cpu",
             epochs,
-            make_loader(dataset, sampler, StepCollator(micro_batch_size, pack_length)),
+            make_loader(items, sampler, StepCollator(micro_batch_size, pack_length)),
             network,
             optimizer,
             epoch_length=sampler.steps_per_pass,

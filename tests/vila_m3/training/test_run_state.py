@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
 def test_other_batches_do_not_go_on_with_a_checkpoint(start: Any) -> None:
     start(folder="state").run()
-    with pytest.raises(UserError, match=r"another epoch_length 5 \(was 2\), step_size 2 \(was 4\)"):
+    with pytest.raises(UserError, match=r"another epoch_length 5 \(was 2\), batch_size 2 \(was 4\)"):
         start(folder="state", step_size=2).run()
 
 
