@@ -1,5 +1,7 @@
 """Small conversations on disk and trainings on them."""
 
+import json
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from vila_m3.phantom_conversations import ConversationMaker
 from vila_m3.processor import VilaM3Processor
 from vila_m3.run_state import RunState
 from vila_m3.trainer import StageTrainer, WeightAverage, cosine_schedule, learner, train_parts, trained_parameters
+from vila_m3_common.training import process_rank
 
 QUESTIONS = {
     "CT": "<image>This is a CT image.\nSegment the liver.",
@@ -156,3 +159,56 @@ class Losses:
         self.values[engine.state.iteration] = engine.state.output["loss"]
         if engine.state.iteration == self.last:
             raise KeyboardInterrupt
+
+
+class Stop:
+    """Ends a training after a step as a fault of the program would."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if engine.state.iteration == self.last:
+            raise RuntimeError("stopped by the test")
+
+
+class Tracker:
+    """Stands for a tracking handler of MONAI: loss of every step, metrics of every epoch."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.found: dict[str, Any] = {"losses": [], "metrics": {}}
+
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events
+        from monai.handlers import from_engine
+
+        loss = from_engine(["loss"], first=True)
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: self.found["losses"].append(loss(engine.state.output))
+        )
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.found["metrics"].update(engine.state.metrics))
+        engine.add_event_handler(Events.COMPLETED, lambda: self.file.write_text(json.dumps(self.found)))
+
+
+class FullDisk:
+    """From a step on the kernel refuses files above a limit to this process, as a quota would."""
+
+    def __init__(self, after: int, limit: int, rank: int = 0) -> None:
+        self.after = after
+        self.limit = limit
+        self.rank = rank
+
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if engine.state.iteration == self.after + 1 and process_rank() == self.rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
