@@ -65,6 +65,7 @@ class Launch:
             "replica_count": 2,
             "pack_length": 300,
             "val_count": 3,
+            "val_new_tokens": 8,
             **settings,
         }
         (self.folder / f"{out}.json").write_text(json.dumps(given))
