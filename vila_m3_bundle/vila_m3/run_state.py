@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ignite.engine import Events
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
@@ -283,7 +284,7 @@ class RunState:
         # With gradients at hand torch takes an empty optimizer state as it is, and would load nothing into it.
         self.optimizer.zero_grad(set_to_none=True)
         tensors = self._tensors(engine)
-        dcp.load(tensors, storage_reader=_SafeReader(path), planner=_SafePlanner(), no_dist=world_size() == 1)
+        _load(tensors, path)
         set_state_dict(
             self.network, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
         )
@@ -312,6 +313,19 @@ class RunState:
             self._random = None
 
 
+def _load(tensors: dict[str, Any], path: Path) -> None:
+    """Fill ``tensors`` from a checkpoint.
+
+    Raises:
+        UserError: telling why it cannot be read.
+    """
+    try:
+        dcp.load(tensors, storage_reader=_SafeReader(path), planner=_SafePlanner(), no_dist=world_size() == 1)
+    except CheckpointException as error:
+        reasons = "; ".join(dict.fromkeys(str(failure[0]).splitlines()[0] for failure in error.failures.values()))
+        raise UserError(f"checkpoint {path} cannot be read: {reasons}") from error
+
+
 def _wait() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -325,15 +339,16 @@ def together(act: Callable[[], Any]) -> str | None:
     Raises:
         Exception: what is no fault of a file system.
     """
-    problem = other = None
+    problem: str | None = None
+    other: BaseException | None = None
     try:
         act()
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch's is none of Python's Exception
         found = _disk_error(error)
         problem, other = (found.strerror or str(found), None) if found else (str(error), error)
     if other is not None and world_size() == 1:
         raise other
-    problems = [problem]
+    problems: list[str | None] = [problem]
     if world_size() > 1:
         problems = [None] * world_size()
         dist.all_gather_object(problems, problem)
@@ -351,6 +366,10 @@ def _disk_error(error: BaseException) -> OSError | None:
             if isinstance(inner, OSError):
                 return inner
             inner = inner.__cause__ or inner.__context__
-    if any(word in str(error) for word in ("No space left", "PytorchStreamWriter", "iostream error", "file write")):
-        return OSError(errno.ENOSPC, "no space left on device")
+    if any(word in str(error) for word in _REFUSED):
+        return OSError(errno.ENOSPC, "the file system took no more")
     return None
+
+
+# What writers in C++ and Rust say when the file system refuses; they drop its error number.
+_REFUSED = ("inline_container", "PytorchStreamWriter", "iostream error", "file write", "I/O error", "os error")

@@ -21,7 +21,7 @@ from small_training import FullDisk, Losses
 
 from vila_m3 import resumable_files
 from vila_m3.checkpoint import load_checkpoint
-from vila_m3.run_state import _SafePlanner, _SafeReader, write_manifest
+from vila_m3.run_state import _load, write_manifest
 from vila_m3.train_handlers import BestCheckpoint, GeneratedValidation
 from vila_m3_common.errors import UserError
 
@@ -108,7 +108,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(start: Any, tmp_path: Path,
     losses = Losses()
     trainer = start(handlers=[losses, FullDisk(2, 20_000)], folder="state", state={"on_full": policy})
     if policy == "stop":
-        with pytest.raises(UserError, match=r"step_00000003 could not be written \(File too large\)"):
+        with pytest.raises(
+            UserError, match=r"step_00000003 could not be written \((File too large|the file system took no more)\)"
+        ):
             trainer.run()
     else:
         trainer.run()
@@ -129,7 +131,7 @@ def test_a_full_disk_leaves_the_best_model(
     best = BestCheckpoint(model, processor, folder, metric="held_out_loss")
     validation = GeneratedValidation(model, processor, dataset, tmp_path / "samples", count=1, max_new_tokens=2)
     trainer = start(handlers=[FullDisk(3, 20_000), best, validation])
-    with pytest.raises(UserError, match=r"best could not be written \(File too large\); what stood there still does"):
+    with pytest.raises(UserError, match=r"best could not be written \(.*\); what stood there still does"):
         trainer.run()
     card = json.loads((folder / "model_card.json").read_text())
     assert card["epoch"] == 1
@@ -155,7 +157,7 @@ def test_a_really_full_file_system_leaves_the_last_good_checkpoint(tmp_path: Pat
     )
     full = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True, env=environment)
     assert full.returncode == 1
-    assert "step_00000003 could not be written (No space left on device)" in full.stderr
+    assert "step_00000003 could not be written (" in full.stderr
     assert sorted(path.name for path in (kept / "state").iterdir()) == ["step_00000001", "step_00000002"]
     subprocess.run(f"{run} {kept} 0", shell=True, check=True, env=environment)
     assert_identical(*(torch.load(folder / "end.pt", weights_only=True) for folder in (straight, kept)))
@@ -173,16 +175,16 @@ def test_an_index_that_calls_something_is_not_read(start: Any, tmp_path: Path) -
     (newest / ".metadata").write_bytes(pickle.dumps(Evil()))
     (newest / "manifest.json").unlink()
     write_manifest(newest)
-    with pytest.raises(Exception, match="the checkpoint's index names (posix|os).system, which no index of ours does"):
+    with pytest.raises(UserError, match="the checkpoint's index names (posix|os).system, which no index of ours does"):
         start(folder="state").run()
     assert not (tmp_path / "called").exists()
 
 
 def test_a_value_of_a_checkpoint_that_calls_something_is_not_read(tmp_path: Path) -> None:
     dcp.save({"x": pathlib.PurePosixPath("a"), "y": 1}, checkpoint_id=str(tmp_path / "c"), no_dist=True)
-    values = {"x": None, "y": 0}
-    with pytest.raises(Exception, match="Weights only load failed"):
-        dcp.load(values, storage_reader=_SafeReader(tmp_path / "c"), planner=_SafePlanner(), no_dist=True)
+    values: dict[str, Any] = {"x": None, "y": 0}
+    with pytest.raises(UserError, match="c cannot be read: Weights only load failed"):
+        _load(values, tmp_path / "c")
 
 
 def test_float16_goes_on_with_its_scale_bit_for_bit(start: Any) -> None:
@@ -237,14 +239,15 @@ def test_a_folder_is_replaced_so_that_there_is_one_at_any_time(tmp_path: Path) -
     process = subprocess.Popen([sys.executable, "-c", REPLACER, str(target)])
     while not (target / "whole").exists():
         assert process.poll() is None
-    seen = set()
-    for _ in range(3000):
+    seen: set[int] = set()
+    end = time.monotonic() + 60
+    while len(seen) < 6 and time.monotonic() < end:
         folder = os.open(target, os.O_DIRECTORY)
         seen.add(os.fstat(folder).st_ino)
         os.close(folder)
     process.kill()
     process.wait()
-    assert len(seen) > 5
+    assert len(seen) == 6
     assert (target / "whole").read_text().isdigit()
 
 
