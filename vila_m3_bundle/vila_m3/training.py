@@ -68,17 +68,25 @@ def start_model(
 
 
 def start_tokenizer(
-    checkpoint: str | None, maker: ConversationMaker, vocabulary_size: int, template: str, ckpt_dir: str
+    checkpoint: str | None, maker: ConversationMaker | None, vocabulary_size: int, template: str, ckpt_dir: str
 ) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer, or train a small one on conversations of the maker.
 
     A new one is kept in ``ckpt_dir``, where a resumed training finds it: the embeddings it learnt belong to
     these tokens, and another mixture of conversations would give others.
+
+    Raises:
+        UserError: if there is neither a checkpoint, nor a tokenizer in ``ckpt_dir``, nor a maker.
     """
     if checkpoint:
         return load_processor(checkpoint).tokenizer
     if (Path(ckpt_dir) / "tokenizer.json").is_file():
         return load_tokenizer(ckpt_dir)
+    if maker is None:
+        raise UserError(
+            "there is no model to start from; give --start_checkpoint the folder of a checkpoint or of the stage "
+            f"before, or put a new model's tokenizer.json into {ckpt_dir}"
+        )
     texts = (render(maker(seed).conversation, get_template(template)).text for seed in range(3000))
     tokenizer = train_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
     if tokenizer.get_vocab_size() > vocabulary_size:

@@ -16,6 +16,8 @@ from vila_m3.phantom_conversations import ConversationMaker, build_pool
 from vila_m3.run_state import sha256_of
 from vila_m3.train_handlers import GeneratedValidation
 from vila_m3.trainer import SupervisedLoss, supervised_count
+from vila_m3.training import start_tokenizer
+from vila_m3_common.errors import UserError
 
 STAGES = ("train_stage1_align", "train_stage2_pretrain", "train_stage3_instruct", "train_stage4_expert")
 SMALL = {
@@ -210,6 +212,31 @@ def test_a_rerun_of_the_same_command_goes_on(
     assert "going on after step 3" in capsys.readouterr().out
     run_stage("train_stage3_instruct", tmp_path / "start")
     assert "training is complete; to train anew remove" in capsys.readouterr().out
+
+
+def test_a_stage_without_a_model_to_start_from_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no model to start from; give --start_checkpoint the folder"):
+        start_tokenizer(None, None, 1024, "llama_3", str(tmp_path))
+
+
+@pytest.mark.parametrize("tracking", ["mlflow", "tensorboard"])
+def test_the_known_trackings_add_their_handler_to_every_stage(repository: Path, tracking: str) -> None:
+    from monai.bundle import ConfigWorkflow
+
+    configs = repository / "vila_m3_bundle/configs"
+    given = tracking if tracking == "mlflow" else str(configs / "tracking_tensorboard.json")
+    for stage in (*STAGES, "train_lora"):
+        workflow = ConfigWorkflow(
+            [str(configs / "train.json"), str(configs / f"{stage}.json")],
+            workflow_type="train",
+            logging_file=False,
+            tracking=given,
+            save_execute_config=False,
+        )
+        handlers = workflow.parser["train#handlers"]
+        assert [handler["_target_"].lower()[:6] for handler in handlers] == [tracking[:6]]
+        assert workflow.parser["train#trainer"] == "@records#trainer"
+        assert workflow.parser["records#trainer#train_handlers"] == "$@records#handlers + @train#handlers"
 
 
 def test_tracking_reaches_the_stages(run_stage: Any, tmp_path: Path) -> None:

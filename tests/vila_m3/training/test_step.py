@@ -10,6 +10,7 @@ from vila_m3.adapters import merge_adapter
 from vila_m3.batches import MixtureDataset, StepBatches, StepCollator, open_mixture, pack_items, pad_items
 from vila_m3.checkpoint import load_checkpoint
 from vila_m3.model import VilaM3ForConditionalGeneration
+from vila_m3.packed_attention import spans_of
 from vila_m3.packing import expand_image_places
 from vila_m3.parity import _without_wrapper
 from vila_m3.processor import Encoded
@@ -86,6 +87,10 @@ def test_packing_changes_neither_loss_nor_gradients(
     assert gradients.keys() == packed_gradients.keys()
     for name, value in gradients.items():
         torch.testing.assert_close(packed_gradients[name], value, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_spans_end_where_positions_restart() -> None:
+    assert spans_of(torch.tensor([[0, 1, 2, 0, 1, -1, -1], [0, 1, 2, 3, 4, 5, 6]])) == [[3, 2, 1, 1], [7]]
 
 
 def test_a_packed_conversation_does_not_see_its_neighbours(
