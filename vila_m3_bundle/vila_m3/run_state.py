@@ -184,8 +184,12 @@ class RunState:
         """Attach last, so that what other handlers changed in a step is saved with it."""
         engine.add_event_handler(Events.STARTED, self._resume)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._restore_random)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=self._is_due), self.save)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def _is_due(self, engine: StageTrainer, step: int) -> bool:
+        # The end of an epoch is saved behind its validation, which a resumed training would else leave out.
+        return step % self.interval == 0 and step % self.sampler.steps_per_pass != 0
 
     def _shared(self, engine: StageTrainer) -> dict[str, Any]:
         """Return what is the same for all processes."""

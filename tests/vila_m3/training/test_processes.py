@@ -161,6 +161,6 @@ def test_a_full_disk_of_one_process_is_told_by_all(launch: Launch) -> None:
     full = [{"_target_": "small_training.FullDisk", "after": 1, "rank": 1, "limit": 1024}]
     settings: dict[str, Any] = {"save_interval": 1, "train#handlers": full}
     launch("fsdp", "train_stage3_instruct", "fsdp_train", fails=True, **settings)
-    assert "step_00000002 could not be written (process 1: " in launch.errors
+    assert "step_00000002 could not be written (" in launch.errors
     states = [path.name for path in (launch.folder / "fsdp/ckpt/state").iterdir()]
     assert states == ["step_00000001"]
