@@ -1,24 +1,24 @@
-"""What a training step reads: records as tensors, their order over all processes, padded or packed micro-batches."""
+"""What a training step reads: rows of a mixture as tensors, their order over all processes, micro-batches."""
 
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from torch.utils.data import Dataset, Sampler
 
-from vila_m3_common.chat_template import render
+from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError, near_match_hint
 
 from .configuration import IGNORED_LABEL
-from .data.record import Record, parse_row, to_conversation
+from .data.mixture import Mixture, MixtureItem, MixtureSampler
 from .packing import pad_rows, plan_rows
-from .processor import Encoded, VilaM3Processor
+from .processor import Encoded, VilaM3Processor, pad_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -36,37 +36,77 @@ def check_policy(name: str, given: str) -> str:
     return given
 
 
-def read_records(files: Sequence[str | Path], on_error: str = "stop") -> list[Record]:
-    """Read JSONL files of conversations.
+def open_mixture(
+    files: Sequence[str | Path] = (),
+    image_root: str | Path = ".",
+    config: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_error: str = "stop",
+) -> Mixture:
+    """Return the conversations of plain JSONL files, or the mixture of a config when no files are given.
 
     Args:
-        files: in the order of the data set.
-        on_error: ``stop`` at a file that is missing or empty and at a damaged line, or ``skip`` them with a warning.
+        files: taken as one data set.
+        image_root: folder of their images.
+        config: JSON file with a ``mixture``, such as ``mixture_m3.json``.
+        options: replace keys of the config (``data_root``, ``balance``, ...) where they are not None.
+        on_error: ``stop`` at a file that is missing or empty, or ``skip`` it with a warning.
 
     Raises:
-        UserError: naming file and line, or when nothing is left.
+        UserError: naming the file, or when nothing is left.
     """
     check_policy("on_error", on_error)
-    records: list[Record] = []
-    for file in files:
-        before = len(records)
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            _refuse(f"{file} cannot be read ({error})", on_error)
-            continue
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                records.append(parse_row(line))
-            except UserError as error:
-                _refuse(f"{file}, line {number}: {error}", on_error)
-        if len(records) == before:
-            _refuse(f"{file} holds no conversation", on_error)
-    if not records:
-        raise UserError(f"no conversation to train on in {', '.join(map(str, files)) or 'no file'}; give JSONL files")
-    return records
+    if not files:
+        return _configured_mixture(config, options or {}, on_error)
+    kept = []
+    for file in map(Path, files):
+        problem = _file_problem(file)
+        if problem:
+            _refuse(problem, on_error)
+        else:
+            kept.append(str(file.resolve()))
+    if not kept:
+        raise UserError(f"no conversation in {', '.join(map(str, files))}; give JSONL files with rows")
+    entry = {"files": kept, "images": str(Path(image_root).resolve())}
+    return Mixture({"conversations": entry}, root="/")
+
+
+def held_out(
+    processor: VilaM3Processor,
+    files: Sequence[str | Path] = (),
+    image_root: str | Path = ".",
+    config: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    on_error: str = "stop",
+) -> MixtureDataset | None:
+    """Return the conversations of the validation (see :func:`open_mixture`); None when there are none."""
+    if not files and config is None:
+        return None
+    return MixtureDataset(open_mixture(files, image_root, config, options, on_error), processor, on_error)
+
+
+def _file_problem(file: Path) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            is_empty = not any(line.strip() for line in opened)
+    except OSError as error:
+        return f"{file} cannot be read ({error})"
+    return f"{file} holds no conversation" if is_empty else None
+
+
+def _configured_mixture(config: str | Path | None, options: Mapping[str, Any], on_error: str) -> Mixture:
+    if config is None:
+        raise UserError("no conversations are given; name JSONL files, or the config of a mixture")
+    if not Path(config).is_file():
+        raise UserError(f"mixture config {config} does not exist; give a JSON file such as configs/mixture_m3.json")
+    parser = ConfigParser()
+    parser.read_config(str(config))
+    parser.update({name: value for name, value in options.items() if value is not None})
+    mixture: Mixture = parser.get_parsed_content("mixture")
+    for data_set in mixture.data_sets:
+        if not len(data_set):
+            _refuse(f"data set {data_set.name} of {config} holds no conversation", on_error)
+    return mixture
 
 
 def _refuse(problem: str, on_error: str) -> None:
@@ -75,150 +115,186 @@ def _refuse(problem: str, on_error: str) -> None:
     logger.warning("skipped: %s", problem)
 
 
-class EncodedDataset(Protocol):
-    """What the sampler and the loader need of a data set."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Encoded: ...
-
-    def length(self, index: int) -> int:
-        """Return the number of tokens of an item."""
-
-
-class RecordDataset(Dataset):
-    """Conversations on disk as tensors.
+class MixtureDataset(Dataset):
+    """Rows of a mixture as tensors.
 
     Args:
-        files: JSONL files.
-        image_root: folder of their images.
+        mixture: of conversations on disk.
         processor: encodes them.
-        on_error: ``stop`` at a record that cannot be encoded (a corrupt image, too many tokens), or ``skip`` it: the
-            next good record then stands in its place, so that every process keeps the same number of steps.
+        on_error: ``stop`` at a row that cannot be read or encoded (a damaged line, a corrupt image, too many
+            tokens), or ``skip`` it: the next good row then stands in its place, so that every process keeps the same
+            number of steps.
+        cache_gib: memory for encoded rows, which are then not read again; of each worker where there are some.
     """
 
     def __init__(
-        self, files: Sequence[str | Path], image_root: str | Path, processor: VilaM3Processor, on_error: str = "stop"
+        self, mixture: Mixture, processor: VilaM3Processor, on_error: str = "stop", cache_gib: float = 0.0
     ) -> None:
-        self.records = read_records(files, on_error)
-        self.image_root = image_root
+        self.mixture = mixture
         self.processor = processor
-        self.on_error = on_error
-        self._lengths: dict[int, int] = {}
+        self.on_error = check_policy("on_error", on_error)
+        self._room = int(cache_gib * 2**30)
+        self._kept: dict[tuple[str, int], Encoded] = {}
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.mixture)
 
     def __getitem__(self, index: int) -> Encoded:
         if not 0 <= index < len(self):
             raise IndexError(index)
         for offset in range(len(self)):
-            record = self.records[(index + offset) % len(self)]
+            place = (index + offset) % len(self)
             try:
-                return self.processor.encode(to_conversation(record, self.image_root))
+                return self._encoded(place)
             except UserError as error:
-                _refuse(f"record {record.id}: {error}", self.on_error)
-        raise UserError("not one record can be encoded; see the warnings above")
+                _refuse(f"{self._name(place)}: {error}", self.on_error)
+        raise UserError("not one row can be encoded; see the warnings above")
 
-    def length(self, index: int) -> int:
-        """Return the number of tokens of an item without touching its images."""
-        if index not in self._lengths:
-            conversation = to_conversation(self.records[index], self.image_root, _blank)
-            self._lengths[index] = len(self.processor.encode_text(render(conversation, self.processor.template))[0])
-        return self._lengths[index]
+    def _encoded(self, index: int) -> Encoded:
+        data_set, row = self.mixture.locate(index)
+        key = (data_set.name, row)
+        if key in self._kept:
+            return self._kept[key]
+        encoded = self.processor.encode(self.mixture[index].conversation())
+        size = sum(value.nbytes for value in (encoded.input_ids, encoded.labels, encoded.pixel_values))
+        # Rows come in another order in every pass, so that dropping old ones for new ones would gain nothing.
+        if size <= self._room:
+            self._room -= size
+            self._kept[key] = encoded
+        return encoded
 
+    def _name(self, index: int) -> str:
+        data_set, row = self.mixture.locate(index)
+        return f"row {row + 1} of data set {data_set.name}"
 
-def _blank(_: Path) -> np.ndarray:
-    return np.zeros((1, 1, 3), np.uint8)
+    def shown(self, count: int, first: int = 0, every: int = 1) -> Iterator[tuple[MixtureItem, Conversation, Encoded]]:
+        """Yield every so-manieth of the first ``count`` rows; those that cannot be read as ``on_error`` says."""
+        for index in range(first, min(count, len(self)), every):
+            try:
+                item = self.mixture[index]
+                yield item, item.conversation(), self._encoded(index)
+            except UserError as error:
+                _refuse(f"{self._name(index)}: {error}", self.on_error)
 
 
 class StepBatches(Sampler[list[int]]):
-    """Indices of one optimizer step after the other, over all passes of a training.
+    """Indices of one optimizer step after the other, over all passes of a training, in VILA's order.
 
-    A step has the same items for any number of processes and any split into micro-batches, so these may change
-    between a kill and the resumption. Items of like length stand in a step together.
+    A step holds the batches of ``replica_count`` processes of :class:`vila_m3.data.mixture.MixtureSampler`, one behind
+    the other. Each process takes its share of them: with as many processes as replicas that is the recorded order of
+    its rank, and with any other number the steps stay the same, so that a training may go on with another number.
 
     Args:
-        dataset: tells the length of each item.
-        step_size: items of a step, of all processes together.
-        passes: how often the data set is gone through; what does not fill a last step is left out of a pass.
+        mixture: whose rows.
+        step_size: rows of a step, of all processes together.
+        passes: how often the mixture is gone through.
         seed: of the order.
-        group_size: how many steps are sorted by length together; 1 does not sort.
         rank: of this process.
         world_size: number of processes.
+        replica_count: number of processes that the order is made for; None takes ``world_size``.
 
     Raises:
-        UserError: if a step does not divide among the processes, or the data set is smaller than a step.
+        UserError: if a step does not divide among processes or replicas, or no data set fills a step.
     """
 
     def __init__(
         self,
-        dataset: EncodedDataset,
+        mixture: Mixture,
         step_size: int,
         passes: int = 1,
-        seed: int = 0,
-        group_size: int = 8,
+        seed: int = 42,
         rank: int = 0,
         world_size: int = 1,
+        replica_count: int | None = None,
     ) -> None:
-        if step_size < 1 or step_size % world_size:
-            raise UserError(
-                f"a step of {step_size} items does not divide among {world_size} processes; give a multiple"
-            )
-        if len(dataset) < step_size:
-            raise UserError(
-                f"{len(dataset)} conversations do not fill a step of {step_size}; give a smaller batch_size"
-            )
-        self.dataset = dataset
+        self.mixture = mixture
         self.step_size = step_size
         self.passes = passes
         self.seed = seed
-        self.group_size = group_size
         self.rank = rank
         self.world_size = world_size
         self.first_step = 0
+        self.replica_count = replica_count or world_size
+        for count in (world_size, self.replica_count):
+            if step_size < 1 or step_size % count:
+                raise UserError(
+                    f"a step of {step_size} conversations does not divide among {count} processes; give a "
+                    "batch_size that is a multiple"
+                )
+        self.steps_per_pass = sum(self._replica(0).counts) * self.replica_count // step_size
+        left_out = [part for part in mixture.data_sets if 0 < len(part) < step_size and mixture.quotas is None]
+        for part in left_out:
+            logger.warning("data set %s has %d rows, less than a step: none is shown", part.name, len(part))
 
-    @property
-    def steps_per_pass(self) -> int:
-        """Number of steps in one pass."""
-        return len(self.dataset) // self.step_size
+    def _replica(self, number: int) -> MixtureSampler:
+        return MixtureSampler(
+            self.mixture.sample_lengths,
+            self.step_size // self.replica_count,
+            self.replica_count,
+            number,
+            self.seed,
+            quotas=self.mixture.quotas,
+        )
 
     def __len__(self) -> int:
         return self.passes * self.steps_per_pass
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield this process's part of each step from ``first_step`` on."""
+        """Yield this process's part of each step from ``first_step`` on; nothing before it is read."""
         skipped = self.first_step % self.steps_per_pass
         for number in range(self.first_step // self.steps_per_pass, self.passes):
-            for step in self._pass(number, skipped):
-                yield step[self.rank :: self.world_size]
+            yield from self._pass(number, skipped).tolist()
             skipped = 0
 
-    def _pass(self, number: int, skipped: int) -> Iterator[list[int]]:
-        rng = random.Random(f"{self.seed}/{number}")
-        order = rng.sample(range(len(self.dataset)), self.steps_per_pass * self.step_size)
-        chunk = self.step_size * self.group_size
-        done = 0
-        for start in range(0, len(order), chunk):
-            group = order[start : start + chunk]
-            if self.group_size > 1:
-                group = sorted(group, key=self.dataset.length)
-            steps = [group[first : first + self.step_size] for first in range(0, len(group), self.step_size)]
-            rng.shuffle(steps)
-            yield from steps[max(0, skipped - done) :]
-            done += len(steps)
+    def _pass(self, number: int, skipped: int) -> np.ndarray:
+        """Return this process's rows of the steps of a pass, ``(steps, rows)``."""
+        share, width = self.step_size // self.world_size, self.step_size // self.replica_count
+        start = self.rank * share
+        first, last = start // width, -(-(start + share) // width)
+        columns = []
+        for replica in range(first, last):
+            sampler = self._replica(replica)
+            sampler.set_epoch(number, skipped)
+            columns.append(np.fromiter(sampler, np.int64).reshape(-1, width))
+        return np.concatenate(columns, axis=1)[:, start - first * width :][:, :share]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of the steps follows from."""
+        return {
+            "epoch_length": self.steps_per_pass,
+            "batch_size": self.step_size,
+            "seed": self.seed,
+            "sample_lengths": self.mixture.sample_lengths,
+            "quotas": self.mixture.quotas,
+            "replica_count": self.replica_count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the order of an interrupted training, whatever number of processes that had.
+
+        Raises:
+            UserError: if data or batches are not the same.
+        """
+        now = {name: value for name, value in self.state_dict().items() if name != "replica_count"}
+        differing = [f"{name} {value} (was {state[name]})" for name, value in now.items() if state[name] != value]
+        if differing:
+            raise UserError(
+                f"the checkpoint is of a training with another {', '.join(differing)}; go on with the same data and "
+                "batches, or give another ckpt_dir"
+            )
+        self.replica_count = state["replica_count"]
 
 
 MicroBatch = dict[str, torch.Tensor]
 
 
 class StepCollator:
-    """Turns the items of a step into micro-batches.
+    """Turns the items of a step into micro-batches of items of like length.
 
     Args:
-        micro_batch_size: items whose gradients are computed together.
-        pack_length: width in tokens of rows that hold several conversations (a longer one has a row of its own);
-            None gives each conversation a row, padded to the longest.
+        micro_batch_size: conversations whose gradients are computed together, where they are not packed.
+        pack_length: tokens of a row that holds several conversations and is a micro-batch of its own (a longer
+            conversation has a row for itself); None gives each conversation a row, padded to the longest.
     """
 
     def __init__(self, micro_batch_size: int, pack_length: int | None = None) -> None:
@@ -227,18 +303,23 @@ class StepCollator:
 
     def __call__(self, items: Sequence[Encoded]) -> list[MicroBatch]:
         """Return micro-batches as :func:`pad_items` or :func:`pack_items` make them."""
-        chunks = [items[start : start + self.micro_batch_size] for start in range(0, len(items), self.micro_batch_size)]
-        if self.pack_length is None:
-            return [pad_items(chunk) for chunk in chunks]
-        return [pack_items(chunk, self.pack_length) for chunk in chunks]
+        if self.pack_length is not None:
+            rows = plan_rows([len(item.input_ids) for item in items], self.pack_length)
+            return [pack_items([items[index] for index in row], self.pack_length) for row in rows]
+        items = sorted(items, key=lambda item: len(item.input_ids))
+        size = self.micro_batch_size
+        return [pad_items(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def pad_items(items: Sequence[Encoded]) -> MicroBatch:
-    """One row per conversation: ``input_ids``, ``labels``, ``attention_mask``, ``position_ids`` ``(B, L)``."""
+    """One row per conversation; images of all rows follow each other.
+
+    Two conversations of 5 and 7 tokens with one and four images become ``input_ids`` (2, 7), ``attention_mask`` (2, 7)
+    with two zeros in row 0, ``labels`` and ``position_ids`` (2, 7), and ``pixel_values`` (5, 3, S, S).
+    """
     return {
-        "input_ids": pad_rows([item.input_ids for item in items], 0),
+        **pad_prompts([item.input_ids for item in items], 0, "right"),
         "labels": pad_rows([item.labels for item in items], IGNORED_LABEL),
-        "attention_mask": pad_rows([torch.ones_like(item.input_ids) for item in items], 0),
         "position_ids": pad_rows([torch.arange(len(item.input_ids)) for item in items], 0),
         "pixel_values": torch.cat([item.pixel_values for item in items]),
     }
@@ -264,6 +345,15 @@ def pack_items(items: Sequence[Encoded], width: int) -> MicroBatch:
 
 def _without_first(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels.new_full((1,), IGNORED_LABEL), labels[1:]])
+
+
+def empty_micro_batch(like: MicroBatch) -> MicroBatch:
+    """Return one token that is not supervised, for a process that has less to compute than the others."""
+    first = {name: value[:1, :1] for name, value in like.items() if name != "pixel_values"}
+    first["input_ids"] = torch.zeros_like(first["input_ids"])
+    first["labels"] = torch.full_like(first["labels"], IGNORED_LABEL)
+    first["position_ids"] = torch.zeros_like(first["position_ids"])
+    return {**first, "pixel_values": like["pixel_values"][:0]}
 
 
 def make_loader(dataset: Any, sampler: StepBatches, collate: StepCollator, workers: int = 0) -> Any:

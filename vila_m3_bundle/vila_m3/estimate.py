@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+
+from vila_m3_common.errors import UserError, near_match_hint
 
 from .model import VilaM3ForConditionalGeneration, build_model
 from .trainer import train_parts
@@ -23,7 +27,7 @@ class Estimate:
         gradients: of what learns, in float32.
         optimizer: two moments of AdamW.
         gathered: two layers' parameters in bfloat16, which sharded training holds whole for a while.
-        activations: inputs of all layers, one layer computed again, and logits at supervised places.
+        activations: see :func:`activation_bytes`.
         tokens_per_second: of all accelerators.
     """
 
@@ -46,6 +50,7 @@ def estimate(
     devices: int = 1,
     is_sharded: bool = True,
     row_tokens: int = 4096,
+    images: int = 4,
     supervised_share: float = 0.25,
     peak_flops: float = 989e12,
     utilisation: float = 0.35,
@@ -58,6 +63,7 @@ def estimate(
         devices: number of accelerators.
         is_sharded: FSDP, or DDP when False.
         row_tokens: tokens of a micro-batch.
+        images: of a micro-batch.
         supervised_share: of the tokens, which get logits.
         peak_flops: of one accelerator; 989e12 is an H100's in bfloat16 (NVIDIA's data sheet, without sparsity).
         utilisation: share of it that is used; an assumption to be replaced by a measurement.
@@ -70,15 +76,14 @@ def estimate(
     count = sum(size for size, _ in sizes.values())
     learns = sum(size for size, is_trained in sizes.values() if is_trained)
     share = devices if is_sharded else 1
-    layer = _largest_layer(sizes)
+    row_flops = _row_flops(model, sizes, row_tokens, images)
     return Estimate(
         weights=_FULL * count // share,
         gradients=_FULL * learns // share,
         optimizer=2 * _FULL * learns // share,
-        gathered=2 * _HALF * layer if is_sharded else 0,
-        activations=_activations(model, row_tokens, supervised_share),
-        # Two operations a parameter and token forward, two for the inputs' gradients, two for what learns.
-        tokens_per_second=devices * peak_flops * utilisation / (4 * count + 2 * learns),
+        gathered=2 * _HALF * _largest_layer(sizes) if is_sharded else 0,
+        activations=activation_bytes(model, row_tokens, images, supervised_share),
+        tokens_per_second=devices * peak_flops * utilisation * row_tokens / row_flops,
     )
 
 
@@ -91,16 +96,86 @@ def _largest_layer(sizes: Mapping[str, tuple[int, bool]]) -> int:
     return max(layers.values())
 
 
-def _activations(model: VilaM3ForConditionalGeneration, row_tokens: int, supervised_share: float) -> int:
-    text = model.config.text_config
-    kept = text.num_hidden_layers * row_tokens * text.hidden_size * _HALF
-    recomputed = row_tokens * (8 * text.hidden_size + 4 * text.intermediate_size) * _HALF
-    logits = int(row_tokens * supervised_share) * text.vocab_size * (_HALF + 2 * _FULL)
-    return kept + recomputed + logits
+def _row_flops(
+    model: VilaM3ForConditionalGeneration, sizes: Mapping[str, tuple[int, bool]], row_tokens: int, images: int
+) -> float:
+    """Two operations a parameter and place forward, two forward again, two for the inputs, two for what learns."""
+    total = 0.0
+    for name, (size, is_trained) in sizes.items():
+        places = images * _patches(model) if name.startswith("vision_tower.") else row_tokens
+        total += size * places * (8 if is_trained else 6)
+    return total
 
 
-def describe(found: Estimate) -> str:
-    """Return the estimate as lines of text, in GiB."""
-    parts = {name: value for name, value in asdict(found).items() if name != "tokens_per_second"}
-    lines = [f"{name:12} {value / 2**30:8.2f} GiB" for name, value in {**parts, "total": found.total}.items()]
-    return "\n".join([*lines, f"{'speed':12} {found.tokens_per_second:8.0f} tokens/s of all accelerators"])
+def _patches(model: VilaM3ForConditionalGeneration) -> int:
+    vision = model.config.vision_config
+    return int((vision.image_size // vision.patch_size) ** 2)
+
+
+def activation_bytes(
+    model: VilaM3ForConditionalGeneration, row_tokens: int, images: int, supervised_share: float
+) -> int:
+    """Return the most that activations and their gradients take in a step in bfloat16, each layer computed again.
+
+    Kept are the inputs of all layers and the pixels. The most is added to them either by the loss (logits three times
+    in float32: shifted, their logarithms, their gradients) or by the layer that is computed again. What one layer
+    holds by place, ``32 h + 11 i`` and ``12 h + 6 i`` bytes with ``h`` channels and ``i`` in the middle of the MLP,
+    was read off measurements of small models (torch 2.13), with which the tests compare this function.
+
+    Args:
+        model: of which only the shape is read.
+        row_tokens: tokens of a micro-batch.
+        images: of a micro-batch.
+        supervised_share: of the tokens, which get logits.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    hidden, middle = text.hidden_size, text.intermediate_size
+    places, channels = images * _patches(model), vision.hidden_size
+    sees = any(value.requires_grad for value in model.vision_tower.parameters())
+    seen_layers = vision.num_hidden_layers if sees else 0
+    kept_vision = _HALF * places * channels * (seen_layers + 2)
+    kept_vision += images * 3 * vision.image_size**2 * _HALF if sees else 0
+    kept_text = _HALF * row_tokens * hidden * (text.num_hidden_layers + 1)
+    loss = 3 * _FULL * int(row_tokens * supervised_share) * text.vocab_size
+    layer = row_tokens * (32 * hidden + 11 * middle)
+    vision_layer = places * (12 * channels + 6 * vision.intermediate_size) if sees else 0
+    return kept_vision + max(kept_text + max(loss, layer), vision_layer)
+
+
+def plan_table(configs: str | Path, runs: Mapping[str, int], parts: Sequence[str], **options: Any) -> list[str]:
+    """Return the estimates of several sizes as lines of a Markdown table, GiB of each accelerator.
+
+    Args:
+        configs: folder of the ``size_<name>.json`` files.
+        runs: name of the size -> number of accelerators.
+        parts: what learns.
+        options: of :func:`estimate`.
+
+    Raises:
+        UserError: if there is no such size.
+    """
+    lines = [
+        "| model | GPUs | weights | gradients | optimizer | gathered | activations | total | tokens/s of all |",
+        f"|{' --- |' * 9}",
+    ]
+    for name, devices in runs.items():
+        found = estimate(_shape(Path(configs), name), parts, devices, **options)
+        memory = (found.weights, found.gradients, found.optimizer, found.gathered, found.activations)
+        cells = [f"{value / 2**30:.2f}" for value in memory]
+        cells += [f"{found.total / 2**30:.1f}", f"{found.tokens_per_second:,.0f}"]
+        lines.append(f"| {name} | {devices} | {' | '.join(cells)} |")
+    return lines
+
+
+def _shape(configs: Path, name: str) -> Mapping[str, Any]:
+    shapes = {path.stem.removeprefix("size_"): json.loads(path.read_text()) for path in configs.glob("size_*.json")}
+    valid = sorted(size.upper() for size, config in shapes.items() if "model_config" in config)
+    if name.upper() not in valid:
+        raise UserError(f"no size {name!r}; {near_match_hint(name, valid)}valid: {', '.join(valid)}")
+    shape: Mapping[str, Any] = shapes[name.lower()]["model_config"]
+    return shape
+
+
+def print_plan(configs: str | Path, runs: Mapping[str, int], parts: Sequence[str], **options: Any) -> None:
+    """Print the table of :func:`plan_table`."""
+    print("\n".join(plan_table(configs, runs, parts, **options)))

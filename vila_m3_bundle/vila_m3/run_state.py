@@ -6,9 +6,10 @@ import errno
 import hashlib
 import json
 import logging
+import pickle
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ignite.engine import Events
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from vila_m3_common.errors import UserError
@@ -82,6 +87,57 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds what the index of a checkpoint consists of, and calls nothing else."""
+
+    _ALLOWED = {
+        "builtins": {"dict", "list", "set", "tuple"},
+        "collections": {"OrderedDict", "defaultdict"},
+        "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+        "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self._ALLOWED.get(module, ()):
+            raise UserError(
+                f"the checkpoint's index names {module}.{name}, which no index of ours does; it was not read. "
+                "Go on only from a ckpt_dir of your own"
+            )
+        return super().find_class(module, name)
+
+
+class _SafeReader(FileSystemReader):
+    """Reads sharded checkpoints; their index, a pickle, through :class:`_MetadataUnpickler`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
+            metadata: Metadata = _MetadataUnpickler(stream).load()
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Takes of what is not a tensor only plain values."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 class RunState:
     """Saves the whole state of a training every few steps and takes the newest whole one up again.
 
@@ -128,16 +184,18 @@ class RunState:
         """Attach last, so that what other handlers changed in a step is saved with it."""
         engine.add_event_handler(Events.STARTED, self._resume)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._restore_random)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(event_filter=self._is_due), self.save)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def _is_due(self, engine: StageTrainer, step: int) -> bool:
+        # The end of an epoch is saved behind its validation, which a resumed training would else leave out.
+        return step % self.interval == 0 and step % self.sampler.steps_per_pass != 0
 
     def _shared(self, engine: StageTrainer) -> dict[str, Any]:
         """Return what is the same for all processes."""
         return {
             "iteration": engine.state.iteration,
-            "epoch_length": engine.state.epoch_length,
-            "step_size": self.sampler.step_size,
-            "seed": self.sampler.seed,
+            "sampler": self.sampler.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": engine.grad_scaler.state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
@@ -145,10 +203,7 @@ class RunState:
 
     def _tensors(self, engine: StageTrainer) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.network, self.optimizer)
-        tensors = {"model": model, "optimizer": optimizer}
-        if engine.average is not None:
-            tensors["average"] = engine.average.state_dict()
-        return tensors
+        return {"model": model, "optimizer": optimizer, "average": engine.average.state_dict()}
 
     def save(self, engine: StageTrainer) -> None:
         """Write a checkpoint of the step that has just ended.
@@ -157,11 +212,11 @@ class RunState:
             UserError: if it cannot be written and ``on_full`` is ``stop``.
         """
         target = self.folder / f"step_{engine.state.iteration:08d}"
-        if damage_of(target) is None:
+        if self._agree(damage_of(target) is None):
             return
         partial = self.folder / f"{target.name}.partial"
         problem = self._write(engine, partial)
-        if self._any(problem is not None):
+        if problem is not None:
             self._give_up(partial, target, problem)
             return
         if is_main_process():
@@ -171,41 +226,41 @@ class RunState:
                 shutil.rmtree(old)
         _wait()
 
-    def _write(self, engine: StageTrainer, partial: Path) -> OSError | None:
-        """Write all files of a checkpoint; return why that was not possible."""
-        if is_main_process():
-            shutil.rmtree(partial, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-        _wait()
-        try:
-            dcp.save(self._tensors(engine), checkpoint_id=str(partial), no_dist=world_size() == 1)
-            torch.save(random_state(), partial / f"random_{process_rank()}.pt")
-            _wait()
-            if is_main_process():
-                torch.save(self._shared(engine), partial / SHARED)
-                write_manifest(partial)
-        except Exception as error:
-            found = _disk_error(error)
-            if found is None:
-                raise
-            return found
+    def _write(self, engine: StageTrainer, partial: Path) -> str | None:
+        """Write all files of a checkpoint, each process its own; return why that was not possible for any of them."""
+        is_main = is_main_process()
+        steps: list[Callable[[], None]] = [
+            lambda: self._make_room(partial) if is_main else None,
+            lambda: dcp.save(self._tensors(engine), checkpoint_id=str(partial), no_dist=world_size() == 1),
+            lambda: torch.save(random_state(), partial / f"random_{process_rank()}.pt"),
+            lambda: torch.save(self._shared(engine), partial / SHARED) if is_main else None,
+            lambda: write_manifest(partial) if is_main else None,
+        ]
+        for step in steps:
+            problem = together(step)
+            if problem is not None:
+                return problem
         return None
 
-    def _give_up(self, partial: Path, target: Path, problem: OSError | None) -> None:
+    def _make_room(self, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _give_up(self, partial: Path, target: Path, problem: str) -> None:
         if is_main_process():
             shutil.rmtree(partial, ignore_errors=True)
-        reason = problem.strerror if problem else "another process could not write"
-        message = f"checkpoint {target} could not be written ({reason}); the one before it is whole"
+        message = f"checkpoint {target} could not be written ({problem}); the one before it is whole"
         if self.on_full == "stop":
             raise UserError(f"{message}; make room and start again, the training goes on from there")
-        logger.warning("%s", message)
+        if is_main_process():
+            logger.warning("%s", message)
 
-    def _any(self, flag: bool) -> bool:
-        if world_size() == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags)
+    def _agree(self, flag: bool) -> bool:
+        """Return what rank 0 finds."""
+        flags = [flag]
+        if world_size() > 1:
+            dist.broadcast_object_list(flags, src=0)
+        return flags[0]
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, the newest first, whole or not."""
@@ -226,16 +281,18 @@ class RunState:
         if path is None:
             return
         shared = torch.load(path / SHARED, map_location="cpu", weights_only=True)
-        self._check(shared, engine, path)
+        try:
+            self.sampler.load_state_dict(shared["sampler"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         # With gradients at hand torch takes an empty optimizer state as it is, and would load nothing into it.
         self.optimizer.zero_grad(set_to_none=True)
         tensors = self._tensors(engine)
-        dcp.load(tensors, checkpoint_id=str(path), no_dist=world_size() == 1)
+        _load(tensors, path)
         set_state_dict(
             self.network, self.optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
         )
-        if engine.average is not None:
-            engine.average.load_state_dict(tensors["average"])
+        engine.average.load_state_dict(tensors["average"])
         self.scheduler.load_state_dict(shared["scheduler"])
         engine.grad_scaler.load_state_dict(shared["scaler"])
         for name, part in self.parts.items():
@@ -243,23 +300,15 @@ class RunState:
         mine = path / f"random_{process_rank()}.pt"
         if mine.is_file():
             self._random = torch.load(mine, map_location="cpu", weights_only=True)
-        engine.state.iteration = self.sampler.first_step = shared["iteration"]
-        engine.state.epoch = shared["iteration"] // shared["epoch_length"]
-        if is_main_process():
-            print(f"going on after step {shared['iteration']}, from {path}")
+        self._go_on(engine, shared["iteration"], path)
 
-    def _check(self, shared: Mapping[str, Any], engine: StageTrainer, path: Path) -> None:
-        now = {
-            "epoch_length": engine.state.epoch_length,
-            "step_size": self.sampler.step_size,
-            "seed": self.sampler.seed,
-        }
-        differing = [f"{name} {value} (was {shared[name]})" for name, value in now.items() if shared[name] != value]
-        if differing:
-            raise UserError(
-                f"checkpoint {path} is of a training with another {', '.join(differing)}; go on with the same data "
-                "and batches, or give another ckpt_dir"
-            )
+    def _go_on(self, engine: StageTrainer, iteration: int, path: Path) -> None:
+        engine.state.iteration = self.sampler.first_step = iteration
+        engine.state.epoch = iteration // self.sampler.steps_per_pass
+        if is_main_process():
+            is_done = iteration >= len(self.sampler)
+            what = "training is complete; to train anew remove" if is_done else f"going on after step {iteration}, from"
+            print(f"{what} {path.parent if is_done else path}")
 
     def _restore_random(self, engine: StageTrainer) -> None:
         """Once, when the loader's start has used up its random numbers."""
@@ -268,9 +317,48 @@ class RunState:
             self._random = None
 
 
+def _load(tensors: dict[str, Any], path: Path) -> None:
+    """Fill ``tensors`` from a checkpoint.
+
+    Raises:
+        UserError: telling why it cannot be read.
+    """
+    try:
+        dcp.load(tensors, storage_reader=_SafeReader(path), planner=_SafePlanner(), no_dist=world_size() == 1)
+    except CheckpointException as error:
+        reasons = "; ".join(dict.fromkeys(str(failure[0]).splitlines()[0] for failure in error.failures.values()))
+        raise UserError(f"checkpoint {path} cannot be read: {reasons}") from error
+
+
 def _wait() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def together(act: Callable[[], Any]) -> str | None:
+    """Let every process write something; return what a file system refused to any of them, None when all could.
+
+    An error of one process that were raised there at once would leave the others waiting for it.
+
+    Raises:
+        Exception: what is no fault of a file system.
+    """
+    problem: str | None = None
+    other: BaseException | None = None
+    try:
+        act()
+    except (Exception, CheckpointException) as error:  # torch's is none of Python's Exception
+        found = _disk_error(error)
+        problem, other = (found.strerror or str(found), None) if found else (str(error), error)
+    if other is not None and world_size() == 1:
+        raise other
+    problems: list[str | None] = [problem]
+    if world_size() > 1:
+        problems = [None] * world_size()
+        dist.all_gather_object(problems, problem)
+    if other is not None:
+        raise other
+    return next((f"process {rank}: {text}" if rank else text for rank, text in enumerate(problems) if text), None)
 
 
 def _disk_error(error: BaseException) -> OSError | None:
@@ -282,6 +370,10 @@ def _disk_error(error: BaseException) -> OSError | None:
             if isinstance(inner, OSError):
                 return inner
             inner = inner.__cause__ or inner.__context__
-    if any(word in str(error) for word in ("No space left", "PytorchStreamWriter", "iostream error", "file write")):
-        return OSError(errno.ENOSPC, "no space left on device")
+    if any(word in str(error) for word in _REFUSED):
+        return OSError(errno.ENOSPC, "the file system took no more")
     return None
+
+
+# What writers in C++ and Rust say when the file system refuses; they drop its error number.
+_REFUSED = ("inline_container", "PytorchStreamWriter", "iostream error", "file write", "I/O error", "os error")

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import init_empty_weights
 from ignite.engine import Engine
 from monai.engines import Trainer
+from peft import get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from vila_m3_common.errors import UserError, near_match_hint
+from vila_m3_common.training import process_rank
 
 from .adapters import attach_adapter
-from .batches import MicroBatch, check_policy
+from .batches import MicroBatch, check_policy, empty_micro_batch
 from .checkpoint import DTYPES, PARTS
 from .configuration import IGNORED_LABEL
 from .model import VilaM3ForConditionalGeneration
+from .packed_attention import spans_of, use_packed_attention
 from .processor import VilaM3Processor, build_processor
 
 logger = logging.getLogger(__name__)
@@ -141,6 +148,7 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.always_sees = always_sees
+        self.attends_in_spans = use_packed_attention(model.llm)
 
     def forward(
         self,
@@ -155,16 +163,23 @@ class SupervisedLoss(nn.Module):
         columns = (targets != IGNORED_LABEL).any(dim=0).nonzero()[:, 0]
         if not len(columns):
             columns = columns.new_zeros(1)
+            targets = labels[:, :1].new_full((len(labels), 1), IGNORED_LABEL)
         logits = self.model(
             inputs_embeds=self._embed(input_ids, pixel_values),
-            attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=False,
             logits_to_keep=columns,
+            **self._attention(attention_mask, position_ids),
         ).logits
         return nn.functional.cross_entropy(
             logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
         )
+
+    def _attention(self, mask: torch.Tensor | None, position_ids: torch.Tensor) -> dict[str, Any]:
+        if mask is not None or not self.attends_in_spans:
+            return {"attention_mask": mask}
+        # A mask of four axes is handed on as it is, so that none is computed from the positions.
+        return {"attention_mask": position_ids.new_zeros(1, 1, 1, 1), "spans": spans_of(position_ids)}
 
     def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         if len(pixel_values):
@@ -177,16 +192,41 @@ class SupervisedLoss(nn.Module):
         return embeddings + 0.0 * self.model.encode_images(empty).sum()
 
 
-def learner(model: VilaM3ForConditionalGeneration, mode: str = "single", dtype: str = "float32") -> nn.Module:
+def arithmetic(name: str, device: str | torch.device) -> torch.dtype:
+    """Return the dtype to compute in.
+
+    Args:
+        name: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 where the device multiplies it faster.
+        device: an accelerator, or a CPU, most of which have no instructions for it.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    valid = ("auto", *DTYPES)
+    if name not in valid:
+        raise UserError(f"unknown amp_dtype {name!r}; {near_match_hint(name, valid)}valid: {', '.join(valid)}")
+    if name != "auto":
+        return DTYPES[name]
+    is_fast = torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def learner(
+    model: VilaM3ForConditionalGeneration,
+    mode: str = "single",
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+) -> nn.Module:
     """Wrap a model for training.
 
     Args:
-        model: on its device.
+        model: on ``device``; for ``fsdp`` in main memory on rank 0, and on the others at least its shape.
         mode: ``single`` process, ``ddp`` (each process holds all) or ``fsdp`` (each holds a share of every layer).
-        dtype: in which ``fsdp`` computes; shares and their gradients' sums stay float32.
+        dtype: see :func:`arithmetic`; what ``fsdp`` computes in, while shares and gradients' sums stay float32.
+        device: where it is trained.
 
     Raises:
-        UserError: for an unknown mode.
+        UserError: for an unknown mode, or float16 in shares, whose scaling would differ between processes.
     """
     modes = ("single", "ddp", "fsdp")
     if mode not in modes:
@@ -194,24 +234,55 @@ def learner(model: VilaM3ForConditionalGeneration, mode: str = "single", dtype: 
     loss = SupervisedLoss(model, always_sees=mode != "single")
     if mode == "ddp":
         ids = [model.device] if model.device.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=ids)
-    return shard(loss, dtype) if mode == "fsdp" else loss
+        # Buffers are constants here, and processes may compute unlike numbers of micro-batches.
+        return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
+    return shard(loss, arithmetic(dtype, device), device) if mode == "fsdp" else loss
 
 
-def shard(loss: SupervisedLoss, dtype: str = "float32") -> nn.Module:
-    """Spread parameters, gradients and optimizer state over all processes, layer by layer (FSDP2)."""
-    policy = MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32)
-    if dtype == "float32":
+def shard(loss: SupervisedLoss, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """Spread parameters, gradients and optimizer state over all processes, layer by layer (FSDP2).
+
+    Only rank 0 ever holds the whole model, in main memory; it hands every process its shares on ``device``.
+    """
+    if dtype == torch.float16:
+        raise UserError("float16 is not trained in shares; use bfloat16")
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
+    whole = {name: value for name, value in loss.state_dict().items() if not value.is_meta}
+    buffers = {name: value.to(device) for name, value in loss.named_buffers()}
     model = loss.model
+    loss.to("meta")
+    model.tie_weights()
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
     for layer in [*model.vision_tower.encoder.layers, *model.llm.model.layers]:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(loss, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(loss, mesh=mesh, mp_policy=policy)
+    loss.to_empty(device=device)
+    model.tie_weights()
+    for name, value in buffers.items():
+        module, _, leaf = name.rpartition(".")
+        loss.get_submodule(module)._buffers[leaf] = value
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(loss, whole if process_rank() == 0 else {}, options=options)
     return loss
 
 
+@contextmanager
+def generating(network: nn.Module) -> Iterator[None]:
+    """Let all processes of a training generate with the model, ``fsdp`` too, where they must do it together."""
+    if not isinstance(network, FSDPModule):
+        yield
+        return
+    network.unshard()
+    try:
+        yield
+    finally:
+        network.reshard()
+
+
 def whole_model(model: VilaM3ForConditionalGeneration, network: nn.Module) -> VilaM3ForConditionalGeneration | None:
-    """Return the model to generate with or to write: itself, or of shares on all processes a copy on rank 0.
+    """Return the model to write: itself, or of shares on all processes a copy in rank 0's main memory.
 
     All processes must call this together.
 
@@ -224,13 +295,17 @@ def whole_model(model: VilaM3ForConditionalGeneration, network: nn.Module) -> Vi
     """
     if not isinstance(network, FSDPModule):
         return model
-    if getattr(model, "adapter", None) is not None:
-        raise UserError("an adapter is not trained in shares; use multi_gpu_train.json, which holds the model whole")
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() != 0:
+    if process_rank() != 0:
         return None
-    copied = VilaM3ForConditionalGeneration(copy.deepcopy(model.config))
-    copied.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
+    with init_empty_weights(include_buffers=False):
+        copied = VilaM3ForConditionalGeneration(copy.deepcopy(model.config))
+    adapter = getattr(model, "adapter", None)
+    if adapter is not None:
+        wrapped = get_peft_model(copied, copy.deepcopy(adapter.peft_config["default"]))
+        object.__setattr__(copied, "adapter", wrapped)
+    copied.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, assign=True)
+    copied.tie_weights()
     copied.stored, copied.generation_config = model.stored, model.generation_config
     return copied
 
@@ -251,19 +326,24 @@ class WeightAverage:
 
     Args:
         network: whose weights.
-        decay: share of the average that stays in a step.
+        decay: share of the average that stays in a step; None keeps no average.
     """
 
-    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+    def __init__(self, network: nn.Module, decay: float | None = 0.999) -> None:
+        if decay is not None and not 0 < decay < 1:
+            raise UserError(f"ema_decay {decay} is not between 0 and 1; give such as 0.999, or null for none")
         self.decay = decay
-        self.weights = {name: value for name, value in network.named_parameters() if value.requires_grad}
-        self.averages = {name: value.detach().clone() for name, value in self.weights.items()}
+        named = {} if decay is None else dict(network.named_parameters())
+        # DistributedDataParallel stands before the names; a checkpoint may be read without it.
+        learns = {name.removeprefix("module."): value for name, value in named.items() if value.requires_grad}
+        self.weights = learns
+        self.averages = {name: value.detach().clone() for name, value in learns.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights."""
         for name, value in self.weights.items():
-            self.averages[name].lerp_(value, 1 - self.decay)
+            self.averages[name].lerp_(value, 1 - (self.decay or 0))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -310,10 +390,10 @@ class StageTrainer(Trainer):
         network: what :func:`learner` returned.
         optimizer: of the trained parameters.
         epoch_length: steps of an epoch; None takes the loader's length.
-        amp_dtype: ``float32``, ``bfloat16`` or ``float16`` (with a gradient scaler).
+        amp_dtype: see :func:`arithmetic`; ``float16`` has a gradient scaler.
         max_grad_norm: gradients are scaled down to this norm; None does not.
         average: a moving average to keep up.
-        on_nan: ``stop`` at a loss that is not finite, or ``skip`` the step.
+        on_nan: ``stop`` at a loss or gradient that is not finite, or ``skip`` the step.
         train_handlers: attached in their order.
 
     Raises:
@@ -334,15 +414,14 @@ class StageTrainer(Trainer):
         on_nan: str = "stop",
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
-        if amp_dtype not in DTYPES:
-            raise UserError(f"unknown amp_dtype {amp_dtype!r}; valid: {', '.join(DTYPES)}")
         self.network = network
         self.optimizer = optimizer
-        self.average = average
+        self.average = average or WeightAverage(network, None)
         self.max_grad_norm = max_grad_norm
         self.on_nan = check_policy("on_nan", on_nan)
-        self.amp_dtype = DTYPES[amp_dtype]
-        self.grad_scaler = torch.amp.GradScaler(torch.device(device).type, enabled=amp_dtype == "float16")
+        self.amp_dtype = arithmetic(amp_dtype, device)
+        is_half = self.amp_dtype == torch.float16
+        self.grad_scaler = torch.amp.GradScaler(torch.device(device).type, enabled=is_half)
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -357,8 +436,12 @@ class StageTrainer(Trainer):
         """Make one step; the output has ``loss``, ``grad_norm`` and counts of this process's tokens and images."""
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        count = self._sum(sum(map(supervised_count, micros)))
-        loss = self._sum(self._backward(micros, max(1.0, count))) / world_size()
+        counts = self._gather([float(sum(map(supervised_count, micros))), float(len(micros))])
+        count = float(counts[:, 0].sum())
+        # Processes exchange shares and gradients in every micro-batch, so that all must have as many.
+        missing = int(counts[:, 1].max()) - len(micros)
+        loss = self._backward([empty_micro_batch(micros[0])] * missing + micros, max(1.0, count))
+        loss = float(self._gather([loss]).sum()) / world_size()
         output = {
             "loss": loss,
             "grad_norm": float("nan"),
@@ -366,20 +449,21 @@ class StageTrainer(Trainer):
             "images": sum(len(micro["pixel_values"]) for micro in micros),
             "supervised": count,
         }
-        if count and torch.isfinite(torch.tensor(loss)):
-            output["grad_norm"] = self._update()
+        if not count:
+            self._refuse("no token is supervised")
+        elif not math.isfinite(loss):
+            self._refuse(f"the loss is {loss}")
         else:
-            self._refuse(loss, count)
+            output["grad_norm"] = self._update()
         return output
 
     def _backward(self, micros: list[MicroBatch], count: float) -> float:
         total = 0.0
+        device = torch.device(self.state.device)
         for index, micro in enumerate(micros):
-            moved = {name: value.to(self.state.device, non_blocking=True) for name, value in micro.items()}
+            moved = {name: value.to(device, non_blocking=True) for name, value in micro.items()}
             with self._synchronized(index == len(micros) - 1):
-                with torch.autocast(
-                    torch.device(self.state.device).type, self.amp_dtype, enabled=self.amp_dtype != torch.float32
-                ):
+                with torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):
                     loss = self.network(**moved) * (world_size() / count)
                 self.grad_scaler.scale(loss).backward()
             total += float(loss.detach())
@@ -394,26 +478,32 @@ class StageTrainer(Trainer):
         return nullcontext()
 
     def _update(self) -> float:
+        """Let the optimizer make its step; return the gradients' norm before they were cut."""
         self.grad_scaler.unscale_(self.optimizer)
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(trained_parameters(self.network), bound)
+        found = nn.utils.clip_grad_norm_(trained_parameters(self.network), bound)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+        if not math.isfinite(norm) and not self.grad_scaler.is_enabled():
+            self._refuse(f"the gradient's norm is {norm}")
+            return norm
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        if self.average is not None:
-            self.average.update()
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.average.update()
+        return norm
 
-    def _refuse(self, loss: float, count: float) -> None:
+    def _refuse(self, what: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        what = f"the loss is {loss}" if count else "no token is supervised"
         problem = f"step {self.state.iteration}: {what}"
         if self.on_nan == "stop":
             raise UserError(f"{problem}; lower the learning rate, look at the data, or set on_nan to skip")
         logger.warning("skipped %s", problem)
 
-    def _sum(self, value: float) -> float:
+    def _gather(self, values: list[float]) -> torch.Tensor:
+        """Return the values of all processes, ``(processes, values)``."""
+        mine = torch.tensor([values], dtype=torch.float64)
         if world_size() == 1:
-            return float(value)
-        total = torch.tensor(float(value), dtype=torch.float64, device=self.state.device)
-        dist.all_reduce(total)
-        return float(total)
+            return mine
+        mine = mine.to(self.state.device)
+        found = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(found, mine)
+        return torch.cat(found).cpu()

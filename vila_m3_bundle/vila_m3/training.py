@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.inferers import Inferer
@@ -18,14 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from vila_m3_common.chat_template import get_template, render
 from vila_m3_common.errors import UserError
 
-from .checkpoint import load_checkpoint, load_processor
-from .configuration import IGNORED_LABEL
+from .checkpoint import load_checkpoint, load_processor, read_config, resolve_checkpoint
+from .configuration import IGNORED_LABEL, VilaM3Config
 from .export import save_released
 from .model import VilaM3ForConditionalGeneration, build_model
 from .nano_tokenizer import relate_phrases, train_tokenizer, wrap_tokenizer
 from .packing import pad_rows
 from .phantom_conversations import ConversationMaker, build_pool
-from .processor import Encoded, VilaM3Processor, build_processor
+from .processor import Encoded, VilaM3Processor, build_processor, pad_prompts
 from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,21 @@ def start_model(
     checkpoint: str | None,
     tokenizer: PreTrainedTokenizerBase,
     device: str | torch.device = "cpu",
+    is_shape_only: bool = False,
 ) -> VilaM3ForConditionalGeneration:
-    """Return the model to train: the checkpoint's, or a new one with random weights when there is none."""
+    """Return the model to train: the checkpoint's, or a new one with random weights when there is none.
+
+    Args:
+        config: of a new model.
+        checkpoint: folder, or a Hugging Face id.
+        tokenizer: of a new model.
+        device: where its weights are.
+        is_shape_only: whether to read no weights, as another process has them.
+    """
+    if is_shape_only:
+        shape = read_config(resolve_checkpoint(checkpoint)) if checkpoint else VilaM3Config(**config)
+        with init_empty_weights(include_buffers=False):
+            return VilaM3ForConditionalGeneration(shape).train()
     if checkpoint:
         return load_checkpoint(checkpoint, device, torch.float32).train()
     model = build_model(dict(config))
@@ -54,17 +68,25 @@ def start_model(
 
 
 def start_tokenizer(
-    checkpoint: str | None, maker: ConversationMaker, vocabulary_size: int, template: str, ckpt_dir: str
+    checkpoint: str | None, maker: ConversationMaker | None, vocabulary_size: int, template: str, ckpt_dir: str
 ) -> PreTrainedTokenizerBase:
     """Return the checkpoint's tokenizer, or train a small one on conversations of the maker.
 
     A new one is kept in ``ckpt_dir``, where a resumed training finds it: the embeddings it learnt belong to
     these tokens, and another mixture of conversations would give others.
+
+    Raises:
+        UserError: if there is neither a checkpoint, nor a tokenizer in ``ckpt_dir``, nor a maker.
     """
     if checkpoint:
         return load_processor(checkpoint).tokenizer
     if (Path(ckpt_dir) / "tokenizer.json").is_file():
         return load_tokenizer(ckpt_dir)
+    if maker is None:
+        raise UserError(
+            "there is no model to start from; give --start_checkpoint the folder of a checkpoint or of the stage "
+            f"before, or put a new model's tokenizer.json into {ckpt_dir}"
+        )
     texts = (render(maker(seed).conversation, get_template(template)).text for seed in range(3000))
     tokenizer = train_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
     if tokenizer.get_vocab_size() > vocabulary_size:
@@ -157,9 +179,8 @@ def collate(items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     ``attention_mask`` (2, 7) with two zeros in row 0, ``labels`` (2, 7) and ``pixel_values`` (5, 3, S, S).
     """
     return {
-        "input_ids": pad_rows([item.input_ids for item in items], PAD_ID),
+        **pad_prompts([item.input_ids for item in items], PAD_ID, "right"),
         "labels": pad_rows([item.labels for item in items], IGNORED_LABEL),
-        "attention_mask": pad_rows([torch.ones_like(item.input_ids) for item in items], 0),
         "pixel_values": torch.cat([item.pixel_values for item in items]),
     }
 

@@ -1,6 +1,7 @@
 """Trains a tiny model in ``argv[1]`` and, after step ``argv[2]``, kills itself; at the end it writes all weights.
 
-With ``argv[3]`` ``ddp`` or ``fsdp`` it runs under torchrun. Text and pictures are random.
+With ``argv[3]`` ``ddp`` or ``fsdp`` it runs under torchrun. ``argv[4]`` names the optimizer, ``argv[5]`` the dtype.
+Text and pictures are random.
 """
 
 import os
@@ -42,16 +43,17 @@ SHAPE: dict[str, Any] = {
 
 
 class RandomItems:
-    """Items of 8 to 24 tokens; every third has no image."""
+    """Items of 8 to 24 tokens, and their mixture; every third has no image."""
+
+    sample_lengths = (16,)
+    quotas = None
+    data_sets = ()
 
     def __init__(self, places: int) -> None:
         self.places = places
 
     def __len__(self) -> int:
         return 16
-
-    def length(self, index: int) -> int:
-        return len(self[index].input_ids)
 
     def __getitem__(self, index: int) -> Encoded:
         generator = torch.Generator().manual_seed(index)
@@ -64,7 +66,9 @@ class RandomItems:
         return Encoded(torch.cat([seen, text]), labels, pixels)
 
 
-def main(folder: Path, kill_after: int, mode: str, optimizer_name: str = "AdamW") -> None:
+def main(
+    folder: Path, kill_after: int, mode: str = "single", optimizer_name: str = "AdamW", dtype: str = "float32"
+) -> None:
     """Train 8 steps of 4 items."""
     if mode != "single":
         dist.init_process_group("gloo")
@@ -77,19 +81,19 @@ def main(folder: Path, kill_after: int, mode: str, optimizer_name: str = "AdamW"
         train_parts(model, ["llm", "vision_tower", "mm_projector"])
     network = learner(model, mode)
     items: Any = RandomItems(model.tokens_per_image)
-    sampler = StepBatches(items, 4, passes=2, rank=rank, world_size=world)
+    sampler = StepBatches(items, 4, passes=2, rank=rank, world_size=world, replica_count=2)
     optimizer = getattr(torch.optim, optimizer_name)(trained_parameters(network), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(sampler))
     state = RunState(folder / "state", network, optimizer, scheduler, sampler, interval=1)
-    micro_batch_size = 1 if mode != "single" else 2
     trainer = StageTrainer(
         "cpu",
         2,
-        make_loader(items, sampler, StepCollator(micro_batch_size, 64)),
+        make_loader(items, sampler, StepCollator(2, 40)),
         network,
         optimizer,
         epoch_length=sampler.steps_per_pass,
         average=WeightAverage(network),
+        amp_dtype=dtype,
     )
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
     state.attach(trainer)
@@ -98,6 +102,7 @@ def main(folder: Path, kill_after: int, mode: str, optimizer_name: str = "AdamW"
     if kill_after:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=kill_after), lambda: _end(mode))  # behind the saving
     trainer.run()
+    print("scale", trainer.grad_scaler.state_dict())
     weights = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         weights["losses"] = torch.tensor(losses, dtype=torch.float64)
@@ -117,4 +122,4 @@ def _end(mode: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), *(sys.argv[3:] or ["single"]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,5 +1,7 @@
 """Small conversations on disk and trainings on them."""
 
+import json
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vila_m3.batches import RecordDataset, StepBatches, StepCollator, make_loader
+from vila_m3.batches import MixtureDataset, StepBatches, StepCollator, make_loader, open_mixture
 from vila_m3.data.record import Message, Record, format_row
 from vila_m3.model import VilaM3ForConditionalGeneration
+from vila_m3.phantom_conversations import ConversationMaker
 from vila_m3.processor import VilaM3Processor
 from vila_m3.run_state import RunState
 from vila_m3.trainer import StageTrainer, WeightAverage, cosine_schedule, learner, train_parts, trained_parameters
+from vila_m3_common.training import process_rank
 
 QUESTIONS = {
     "CT": "<image>This is a CT image.\nSegment the liver.",
@@ -53,17 +57,36 @@ def write_records(folder: Path, numbers: Sequence[int]) -> Path:
     return file
 
 
+def write_phantoms(file: Path, maker: ConversationMaker, seeds: Sequence[int]) -> Path:
+    """Write conversations about phantoms, with their pictures beside the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in seeds:
+        conversation = maker(seed).conversation
+        names = [f"{file.stem}_{seed}_{index}.png" for index in range(len(conversation.images))]
+        for name, image in zip(names, conversation.images, strict=True):
+            Image.fromarray(image).save(file.parent / name)
+        messages = [Message(turn.role, turn.text, turn.in_context) for turn in conversation.turns]
+        rows.append(format_row(Record(f"{file.stem} {seed}", tuple(messages), tuple(names))))
+    file.write_text("".join(f"{row}\n" for row in rows))
+    return file
+
+
+def open_records(file: Path, processor: VilaM3Processor, **keywords: Any) -> MixtureDataset:
+    return MixtureDataset(open_mixture([file], file.parent), processor, **keywords)
+
+
 @pytest.fixture
-def dataset(tmp_path: Path, processor: VilaM3Processor) -> RecordDataset:
+def dataset(tmp_path: Path, processor: VilaM3Processor) -> MixtureDataset:
     """Ten conversations, two of each kind."""
-    return RecordDataset([write_records(tmp_path / "data", range(10))], tmp_path / "data", processor)
+    return open_records(write_records(tmp_path / "data", range(10)), processor)
 
 
 Start = Callable[..., StageTrainer]
 
 
 @pytest.fixture
-def start(model: VilaM3ForConditionalGeneration, dataset: RecordDataset, tmp_path: Path) -> Start:
+def start(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, tmp_path: Path) -> Start:
     """Return a function that makes a trainer on ``dataset``, from the same weights each time."""
     first = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -77,12 +100,14 @@ def start(model: VilaM3ForConditionalGeneration, dataset: RecordDataset, tmp_pat
         handlers: Sequence[Any] = (),
         state: dict[str, Any] | None = None,
         learning_rate: float = 1e-3,
+        data: MixtureDataset | None = None,
         **keywords: Any,
     ) -> StageTrainer:
         torch.manual_seed(0)
         model.load_state_dict(first)
         network = learner(train_parts(model, parts))
-        sampler = StepBatches(dataset, step_size, epochs)
+        items = data or dataset
+        sampler = StepBatches(items.mixture, step_size, epochs)
         optimizer = torch.optim.AdamW(trained_parameters(network), lr=learning_rate, weight_decay=0.0)
         scheduler = cosine_schedule(optimizer, len(sampler))
         average = WeightAverage(network)
@@ -94,7 +119,7 @@ def start(model: VilaM3ForConditionalGeneration, dataset: RecordDataset, tmp_pat
         return StageTrainer(
             "cpu",
             epochs,
-            make_loader(dataset, sampler, StepCollator(micro_batch_size, pack_length)),
+            make_loader(items, sampler, StepCollator(micro_batch_size, pack_length)),
             network,
             optimizer,
             epoch_length=sampler.steps_per_pass,
@@ -134,3 +159,56 @@ class Losses:
         self.values[engine.state.iteration] = engine.state.output["loss"]
         if engine.state.iteration == self.last:
             raise KeyboardInterrupt
+
+
+class Stop:
+    """Ends a training after a step as a fault of the program would."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if engine.state.iteration == self.last:
+            raise RuntimeError("stopped by the test")
+
+
+class Tracker:
+    """Stands for a tracking handler of MONAI: loss of every step, metrics of every epoch."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.found: dict[str, Any] = {"losses": [], "metrics": {}}
+
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events
+        from monai.handlers import from_engine
+
+        loss = from_engine(["loss"], first=True)
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda: self.found["losses"].append(loss(engine.state.output))
+        )
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.found["metrics"].update(engine.state.metrics))
+        engine.add_event_handler(Events.COMPLETED, lambda: self.file.write_text(json.dumps(self.found)))
+
+
+class FullDisk:
+    """From a step on the kernel refuses files above a limit to this process, as a quota would."""
+
+    def __init__(self, after: int, limit: int, rank: int = 0) -> None:
+        self.after = after
+        self.limit = limit
+        self.rank = rank
+
+    def attach(self, engine: Any) -> None:
+        from ignite.engine import Events
+
+        engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if engine.state.iteration == self.after + 1 and process_rank() == self.rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))

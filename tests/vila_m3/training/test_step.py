@@ -4,16 +4,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_training import Losses
+from small_training import Losses, open_records, write_records
 
 from vila_m3.adapters import merge_adapter
-from vila_m3.batches import RecordDataset, pack_items, pad_items
+from vila_m3.batches import MixtureDataset, StepBatches, StepCollator, open_mixture, pack_items, pad_items
 from vila_m3.checkpoint import load_checkpoint
 from vila_m3.model import VilaM3ForConditionalGeneration
+from vila_m3.packed_attention import spans_of
 from vila_m3.packing import expand_image_places
 from vila_m3.parity import _without_wrapper
 from vila_m3.processor import Encoded
-from vila_m3.trainer import SupervisedLoss, checkpoint_gradients, supervised_count, train_adapter, train_parts
+from vila_m3.trainer import (
+    SupervisedLoss,
+    arithmetic,
+    checkpoint_gradients,
+    supervised_count,
+    train_adapter,
+    train_parts,
+)
 from vila_m3_common.errors import UserError
 
 PARTS = ("llm", "vision_tower", "mm_projector")
@@ -66,7 +74,7 @@ def test_loss_and_gradients_are_the_recorded_ones(golden: Path, packed: bool) ->
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packing_changes_neither_loss_nor_gradients(
-    model: VilaM3ForConditionalGeneration, dataset: RecordDataset, attention: str
+    model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, attention: str
 ) -> None:
     model.set_attn_implementation(attention)
     items = [dataset[index] for index in range(5)]
@@ -81,8 +89,12 @@ def test_packing_changes_neither_loss_nor_gradients(
         torch.testing.assert_close(packed_gradients[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_spans_end_where_positions_restart() -> None:
+    assert spans_of(torch.tensor([[0, 1, 2, 0, 1, -1, -1], [0, 1, 2, 3, 4, 5, 6]])) == [[3, 2, 1, 1], [7]]
+
+
 def test_a_packed_conversation_does_not_see_its_neighbours(
-    model: VilaM3ForConditionalGeneration, dataset: RecordDataset
+    model: VilaM3ForConditionalGeneration, dataset: MixtureDataset
 ) -> None:
     """Another conversation before it in the row leaves its logits as they are."""
     long, short = sorted((dataset[4], dataset[9]), key=lambda item: -len(item.input_ids))
@@ -145,7 +157,7 @@ def test_an_unknown_part_is_refused(model: VilaM3ForConditionalGeneration) -> No
         train_parts(model, ["llms"])
 
 
-def test_a_batch_of_text_alone_has_a_loss(model: VilaM3ForConditionalGeneration, dataset: RecordDataset) -> None:
+def test_a_batch_of_text_alone_has_a_loss(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset) -> None:
     micro = pad_items([dataset[4], dataset[9]])
     assert len(micro["pixel_values"]) == 0
     alone = float(SupervisedLoss(model)(**micro))
@@ -156,7 +168,7 @@ def test_a_batch_of_text_alone_has_a_loss(model: VilaM3ForConditionalGeneration,
     assert float(model.mm_projector.layers[1].weight.grad.abs().max()) == 0.0
 
 
-def test_gradient_checkpointing_changes_nothing(model: VilaM3ForConditionalGeneration, dataset: RecordDataset) -> None:
+def test_gradient_checkpointing_changes_nothing(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset) -> None:
     micro = pad_items([dataset[0], dataset[1]])
     model.train()
     loss, gradients = mean_gradients(model, micro)
@@ -165,7 +177,7 @@ def test_gradient_checkpointing_changes_nothing(model: VilaM3ForConditionalGener
     assert_close(gradients, checkpointed)
 
 
-def test_a_merged_adapter_is_the_attached_one(model: VilaM3ForConditionalGeneration, dataset: RecordDataset) -> None:
+def test_a_merged_adapter_is_the_attached_one(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset) -> None:
     micro = pad_items([dataset[0], dataset[4]])
     train_adapter(model, rank=4, includes_tower=True)
     optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
@@ -199,21 +211,128 @@ def test_a_loss_that_is_no_number_stops_or_is_skipped(start: Any) -> None:
 
 
 def test_a_corrupt_image_stops_or_gives_way_to_the_next_record(
-    dataset: RecordDataset, caplog: pytest.LogCaptureFixture
+    dataset: MixtureDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (Path(dataset.image_root) / "0_0.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"record r0: .*; mend it, or set on_error to skip"):
+    (tmp_path / "data/0_0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"row 1 of data set conversations: .*; mend it, or set on_error to skip"):
         dataset[0]
     dataset.on_error = "skip"
     assert torch.equal(dataset[0].input_ids, dataset[1].input_ids)
-    assert "skipped: record r0" in caplog.text
+    assert "skipped: row 1 of data set conversations" in caplog.text
 
 
-def test_an_empty_shard_stops_or_is_left_out(dataset: RecordDataset, tmp_path: Path) -> None:
+def test_a_damaged_line_stops_or_gives_way_to_the_next_record(dataset: MixtureDataset, tmp_path: Path) -> None:
+    file = tmp_path / "data/records.jsonl"
+    second, lines = dataset[1], file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0][:40] + "\n", *lines[1:]]))
+    with pytest.raises(UserError, match=r"the line is not valid JSON.*set on_error to skip"):
+        open_records(file, dataset.processor)[0]
+    skipping = open_records(file, dataset.processor, on_error="skip")
+    assert torch.equal(skipping[0].input_ids, second.input_ids)
+
+
+def test_an_empty_shard_stops_or_is_left_out(dataset: MixtureDataset, tmp_path: Path) -> None:
     empty, full = tmp_path / "empty.jsonl", tmp_path / "data/records.jsonl"
     empty.touch()
     with pytest.raises(UserError, match=r"empty.jsonl holds no conversation; mend it, or set on_error to skip"):
-        RecordDataset([full, empty], tmp_path, dataset.processor)
-    assert len(RecordDataset([full, empty], tmp_path, dataset.processor, on_error="skip")) == 10
-    with pytest.raises(UserError, match="no conversation to train on"):
-        RecordDataset([empty], tmp_path, dataset.processor, on_error="skip")
+        open_mixture([full, empty], tmp_path)
+    assert len(open_mixture([full, empty], tmp_path, on_error="skip")) == 10
+    with pytest.raises(UserError, match=r"missing.jsonl cannot be read .*No such file"):
+        open_mixture([full, tmp_path / "missing.jsonl"], tmp_path)
+    with pytest.raises(UserError, match="no conversation in .*empty.jsonl; give JSONL files with rows"):
+        open_mixture([empty], tmp_path, on_error="skip")
+    with pytest.raises(UserError, match="no conversations are given; name JSONL files, or the config of a mixture"):
+        open_mixture()
+
+
+def test_a_kept_row_is_not_read_again(tmp_path: Path, processor: Any) -> None:
+    file = write_records(tmp_path / "kept", range(5))
+    kept = open_records(file, processor, cache_gib=1.0)
+    first = kept[0]
+    (tmp_path / "kept/0_0.png").unlink()
+    assert kept[0] is first
+    with pytest.raises(UserError, match="0_0.png"):
+        open_records(file, processor)[0]
+
+
+class _Sizes:
+    """Stands for a mixture of three data sets."""
+
+    sample_lengths = (13, 7, 2)
+    quotas = None
+    data_sets = ()
+
+
+def test_steps_are_the_recorded_orders_of_all_ranks(shared: Path) -> None:
+    """Each process's steps, joined, are its recorded order (shared/golden/vila/sampler.json)."""
+    import json
+
+    cases = json.loads((shared / "golden/vila/sampler.json").read_text())
+    assert cases
+    for case in cases:
+        mixture: Any = _Sizes()
+        mixture.sample_lengths = case["sample_lens"]
+        size, world = case["batch_size"], case["num_replicas"]
+        for rank, expected in enumerate(case["indices_per_rank"]):
+            sampler = StepBatches(mixture, size * world, case["epoch"] + 1, case["seed"], rank=rank, world_size=world)
+            sampler.first_step = case["epoch"] * sampler.steps_per_pass
+            assert [index for step in sampler for index in step] == expected
+
+
+@pytest.mark.parametrize("replica_count", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_steps_do_not_depend_on_the_number_of_processes(replica_count: int, world_size: int) -> None:
+    def steps(count: int, first: int = 0) -> list[list[int]]:
+        samplers = [
+            StepBatches(_Sizes(), 4, 2, rank=rank, world_size=count, replica_count=replica_count)  # type: ignore[arg-type]
+            for rank in range(count)
+        ]
+        for sampler in samplers:
+            sampler.first_step = first
+        return [sum(parts, []) for parts in zip(*samplers, strict=True)]
+
+    assert steps(world_size) == steps(replica_count)
+    assert steps(world_size, first=5) == steps(replica_count)[5:]
+    assert len(steps(world_size)) == 2 * (3 + 1)
+
+
+def test_a_resumed_order_is_that_of_the_first_number_of_processes() -> None:
+    two = StepBatches(_Sizes(), 4, replica_count=2)  # type: ignore[arg-type]
+    one = StepBatches(_Sizes(), 4)  # type: ignore[arg-type]
+    assert list(one) != list(two)
+    one.load_state_dict(two.state_dict())
+    assert list(one) == list(two)
+    other = StepBatches(_Sizes(), 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"another epoch_length 10 \(was 4\), batch_size 2 \(was 4\)"):
+        other.load_state_dict(two.state_dict())
+
+
+def test_conversations_of_like_length_are_computed_together(dataset: MixtureDataset) -> None:
+    items = [dataset[index] for index in range(10)]
+    lengths = [micro["attention_mask"].sum(dim=1).tolist() for micro in StepCollator(2)(items)]
+    assert sum(lengths, []) == sorted(len(item.input_ids) for item in items)
+
+
+def test_packed_rows_hold_no_padding(dataset: MixtureDataset) -> None:
+    items = [dataset[index] for index in range(10)]
+    micros = StepCollator(2, pack_length=400)(items)
+    assert all(micro["input_ids"].shape[0] == 1 and micro["input_ids"].shape[1] <= 400 for micro in micros)
+    assert sum(micro["input_ids"].numel() for micro in micros) == sum(len(item.input_ids) for item in items)
+
+
+def test_a_gradient_that_is_no_number_stops_the_training(start: Any) -> None:
+    trainer = start(epochs=1)
+    weight = trainer.network.model.mm_projector.layers[1].weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(UserError, match="step 1: the gradient's norm is (nan|inf)"):
+        trainer.run()
+
+
+def test_arithmetic_is_bfloat16_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arithmetic("auto", "cuda") is torch.bfloat16
+    assert arithmetic("bfloat16", "cpu") is torch.bfloat16
+    for is_fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda is_fast=is_fast: is_fast)
+        assert arithmetic("auto", "cpu") is expected
+    with pytest.raises(UserError, match="unknown amp_dtype 'bfloat'; did you mean 'bfloat16'"):
+        arithmetic("bfloat", "cpu")
