@@ -242,6 +242,25 @@ def test_multiple_choice_is_graded_by_letters(repository: Path) -> None:
     assert any("does not grade multiple choice" in note for note in result["notes"])
 
 
+def test_reports_are_read_from_the_release(repository: Path, tmp_path: Path) -> None:
+    release = tmp_path / "mimic_cxr"
+    files = {
+        "mimic-cxr-2.0.0-split.csv": "dicom_id,study_id,subject_id,split\nd,5,10000001,test\ne,6,10000001,train\n",
+        "mimic-cxr-2.0.0-metadata.csv": "dicom_id,ViewPosition\nd,PA\ne,PA\n",
+        "files/p10/p10000001/s5.txt": "FINDINGS: The heart is large.\n",
+    }
+    for name, text in files.items():
+        (release / name).parent.mkdir(parents=True, exist_ok=True)
+        (release / name).write_text(text)
+    [question] = read_questions(load_benchmark("mimic_report_raw", repository / BENCHMARKS), tmp_path)
+    assert "The heart is large." in question.answer
+    assert (question.image, question.group) == ("files/p10/p10000001/s5/d.jpg", "p10000001")
+
+    (release / "files/p10/p10000001/s5.txt").unlink()
+    with pytest.raises(UserError, match="row 1 of mimic-cxr-2.0.0-split.csv cannot be used: report .* cannot be read"):
+        read_questions(load_benchmark("mimic_report_raw", repository / BENCHMARKS), tmp_path)
+
+
 def test_reports_are_graded_in_both_gradings(repository: Path) -> None:
     shipped = load_benchmark("mimic_report_clean", repository / BENCHMARKS)
     benchmark = replace(shipped, metrics=("bleu_4", "rouge_l", "green"))  # METEOR takes half a minute to start

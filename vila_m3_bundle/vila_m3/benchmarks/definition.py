@@ -15,6 +15,7 @@ from vila_m3_common.errors import UserError, near_match_hint
 from vila_m3_common.prompts import FINDING_FORMS
 
 from ..data.record import Record, resolve_image
+from ..data.source import Item, Rejected, finish
 from .report_metrics import METRICS
 
 GRADERS = ("exact", "pathvqa", "diff_vqa", "chestxray14", "chexpert", "report", "choice", "trigger")
@@ -175,8 +176,8 @@ def read_questions(benchmark: Benchmark, data_root: str | Path) -> list[Question
     """
     items = _reader(benchmark)(Path(data_root) / benchmark.folder, **benchmark.options)
     questions = []
-    for item in items:
-        if not hasattr(item, "record"):
+    for item in map(finish, items):
+        if isinstance(item, Rejected):
             raise UserError(f"{benchmark.name}: row {item.row} of {item.file} cannot be used: {item.reason}")
         questions.append(_question(item.record))
     if not questions:
@@ -186,10 +187,10 @@ def read_questions(benchmark: Benchmark, data_root: str | Path) -> list[Question
     return questions
 
 
-def _reader(benchmark: Benchmark) -> Callable[..., Iterable[Any]]:
+def _reader(benchmark: Benchmark) -> Callable[..., Iterable[Item]]:
     module, _, function = benchmark.source.rpartition(".")
     try:
-        found: Callable[..., Iterable[Any]] = getattr(
+        found: Callable[..., Iterable[Item]] = getattr(
             importlib.import_module(f"vila_m3.data.sources.{module}"), function
         )
     except (ImportError, AttributeError) as error:
