@@ -10,7 +10,7 @@ from PIL import Image
 from vila_m3.benchmarks import trigger_cases, triggers
 from vila_m3.benchmarks.asking import ask_record
 from vila_m3.benchmarks.definition import Benchmark, Question, image_root, load_benchmark, read_questions
-from vila_m3.benchmarks.grading import grade, write_items
+from vila_m3.benchmarks.grading import grade, grade_to_file
 from vila_m3.benchmarks.nih import held_out_films
 from vila_m3.benchmarks.predictions import Predictions
 from vila_m3.data.record import parse_row, to_conversation
@@ -141,7 +141,7 @@ def test_right_and_wrong_answers_are_counted_by_kind(
     assert sum(map(sum, confusion["matrix"])) == len(questions)
     column = confusion["labels"].index("CXR")
     assert all(row[column] == sum(row) for row in confusion["matrix"])
-    write_items(tmp_path / "items.jsonl", benchmark, questions, always, data_root)
+    assert grade_to_file(tmp_path / "items.jsonl", benchmark, questions, always, data_root) == result
     rows = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert {row["outcome"] for row in rows} == {"right", "spurious", "wrong expert"}
 

@@ -18,9 +18,11 @@ from ..answer import Answerer
 from ..resumable_files import write_atomically
 from .answers import parse_yes_no
 from .audit_cases import VARIANTS, AuditCase, all_cases, known_names
-from .grading import score, write_json
+from .grading import write_json
 from .predictions import PredictionFile
 from .runner import Ask, asks_model
+from .statistics import score
+from .tables import percent
 
 RATES = {
     "right": "right answers",
@@ -133,10 +135,8 @@ def audit_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _percent(rate: Mapping[str, Any] | None) -> str:
-    if rate is None or rate["value"] is None:
-        return ""
-    low, high = rate["interval"]
-    return f"{100 * rate['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}], n {rate['count']}"
+    text = percent(rate)
+    return f"{text}, n {rate['count']}" if rate and text else ""
 
 
 def ask_all(

@@ -17,9 +17,8 @@ from .grading import grade, write_json
 from .page import expert_pairs
 from .predictions import Predictions, read_predictions
 from .statistics import PERMUTATIONS, Measure, SumMeasure, compare
-from .tables import columns_of, heading, percent
+from .tables import BLANK_ENDING, columns_of, heading, percent
 
-BLANK = "_blank"
 # A rank is computed anew for every exchange, a sum is not.
 _RANK_PERMUTATIONS = 1000
 
@@ -45,7 +44,7 @@ def default_pairs(first: Mapping[str, Path], second: Mapping[str, Path], is_same
     if not is_same:
         return [(name, name) for name in first if name in second]
     names = list(first)
-    return [(f"{name}{BLANK}", name) for name in names if f"{name}{BLANK}" in names] + expert_pairs(names)
+    return [(f"{name}{BLANK_ENDING}", name) for name in names if f"{name}{BLANK_ENDING}" in names] + expert_pairs(names)
 
 
 class _Runs:
@@ -58,7 +57,9 @@ class _Runs:
 
     def read(self, name: str, path: Path) -> tuple[Benchmark, list[Question], Predictions]:
         """Return the benchmark of a run (``slake_blank`` is of ``slake``), its questions and the predictions."""
-        benchmark = load_benchmark(name if name in self._known else name.removesuffix(BLANK), self.benchmarks_dir)
+        benchmark = load_benchmark(
+            name if name in self._known else name.removesuffix(BLANK_ENDING), self.benchmarks_dir
+        )
         if benchmark.name not in self._questions:
             self._questions[benchmark.name] = read_questions(benchmark, self.data_root)
         questions = self._questions[benchmark.name]

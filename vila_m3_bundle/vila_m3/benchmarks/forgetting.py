@@ -18,8 +18,9 @@ from ..checkpoint import load_processor
 from ..inference import load_network
 from ..resumable_files import write_atomically
 from .grading import write_json
-from .runner import run_benchmarks
+from .runner import benchmark_names, run_benchmarks
 from .statistics import bootstrap_interval, permutation_p_value
+from .tables import percent
 
 STATES = ("before", "after")
 PAPER = "The VILA-M3 paper reports that fine-tuning with experts costs 4 to 23 % on general benchmarks."
@@ -69,11 +70,11 @@ def forgetting_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["| benchmark | n | before | after | drop | relative drop | lost, gained | p |", "| --- |" + " --- |" * 7]
     for name, gradings in results.items():
         row = gradings["corrected"]
-        low, high = row["interval"]
+        drop = percent({"value": row["drop"], "interval": row["interval"]})
         relative = "" if row["relative_drop"] is None else f"{100 * row['relative_drop']:.1f}"
         lines.append(
             f"| {name} | {row['count']} | {100 * row['before']:.1f} | {100 * row['after']:.1f} | "
-            f"{100 * row['drop']:.1f} [{100 * low:.1f}, {100 * high:.1f}] | {relative} | "
+            f"{drop} | {relative} | "
             f"{row['lost']}, {row['gained']} | {row['p_value']:.4f} |"
         )
     return "\n".join(lines) + "\n"
@@ -124,7 +125,7 @@ def run_forgetting(
     if not before or not after:
         raise UserError("two checkpoints are compared; give --before <folder> and --after <folder>")
     folder = make_output_dir(output_dir)
-    names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or [])
+    names = benchmark_names(benchmarks)
     for state, checkpoint in zip(STATES, (before, after), strict=True):
         _ask(
             checkpoint,

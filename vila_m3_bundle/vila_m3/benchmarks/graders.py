@@ -67,7 +67,7 @@ def corrected_items(
 
     Ids are compared as text, so that the number 1 is the id "1".
     """
-    texts = texts_of(predictions)
+    texts = predictions.texts
     return {
         question.id: _is_right(question, texts[question.id], is_choice) if question.id in texts else False
         for question in questions
@@ -78,11 +78,6 @@ def _is_right(question: Question, text: str, is_choice: bool) -> bool | None:
     if is_choice:
         return is_choice_right(question.text, question.answer, text)
     return is_right(question.answer, text)
-
-
-def texts_of(predictions: Predictions) -> dict[str, str]:
-    """Return question id as text -> answer; the last of several counts."""
-    return {str(name): text for name, text in predictions.lines}
 
 
 def grade_matches(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> Graded:
@@ -176,7 +171,7 @@ def grade_findings(benchmark: Benchmark, questions: Sequence[Question], predicti
     """
     if benchmark.prompt == "multi_choice":
         return _grade_choices(questions, predictions)
-    texts = texts_of(predictions)
+    texts = predictions.texts
     findings = list(dict.fromkeys(question.finding for question in questions))
     truths = np.array([int(question.answer == "yes") for question in questions])
     said = [parse_finding(texts.get(question.id, ""), question.finding) for question in questions]
@@ -302,7 +297,7 @@ def _auroc(
 
 def _grade_choices(questions: Sequence[Question], predictions: Predictions) -> Graded:
     """Grade multiple choice, which the reference asks but does not grade."""
-    texts = texts_of(predictions)
+    texts = predictions.texts
     findings = list(questions[0].findings)
     options = [*findings, "None of the above"]
     read = [parse_letters(texts.get(question.id, ""), options) for question in questions]
@@ -339,7 +334,7 @@ def grade_reports(benchmark: Benchmark, questions: Sequence[Question], predictio
     As published, generated reports are cleaned, and a case whose report is missing or empty after that is left out
     silently. In the corrected grading it counts as an empty report.
     """
-    texts = {name: clean_report(text) for name, text in texts_of(predictions).items()}
+    texts = {name: clean_report(text) for name, text in predictions.texts.items()}
     said = [texts.get(question.id, "") for question in questions]
     has_text = [bool(text) for text in said]
     measures: dict[str, Measure | str] = {}

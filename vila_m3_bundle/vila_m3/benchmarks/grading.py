@@ -20,20 +20,9 @@ from . import graders
 from .definition import Benchmark, Question, image_path, load_benchmark, read_questions
 from .page import html_page
 from .predictions import Predictions, read_predictions
-from .statistics import Measure, bootstrap_interval, measure_interval, value_of
+from .statistics import Measure, measure_interval, value_of
 from .tables import markdown_table
 from .triggers import describe_triggers, trigger_items
-
-
-def score(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
-    """Return ``{value, interval, count}`` of a mean, the interval at 95 %."""
-    if not values:
-        return {"value": None, "interval": None, "count": 0}
-    return {
-        "value": sum(values) / len(values),
-        "interval": list(bootstrap_interval(values, groups)),
-        "count": len(values),
-    }
 
 
 def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions) -> dict[str, Any]:
@@ -43,14 +32,17 @@ def grade(benchmark: Benchmark, questions: Sequence[Question], predictions: Pred
         Every score as ``{value, interval, count}``, ``corrected_*`` by the corrected grading; ``metrics`` (names in
         the order of tables), ``unparsable``, ``counts``, ``notes`` (also why a score is missing) and ``details``.
     """
-    results = summarise(
-        benchmark, questions, predictions, graders.TABLE[benchmark.grader](benchmark, questions, predictions)
-    )
-    if benchmark.grader == "trigger":
-        told = describe_triggers(questions, predictions)
-        results["details"] |= {"confusion": told.pop("confusion")}
-        results |= told
-    return results
+    graded = graders.TABLE[benchmark.grader](benchmark, questions, predictions)
+    return summarise(benchmark, questions, predictions, graded)
+
+
+def grade_to_file(
+    path: Path, benchmark: Benchmark, questions: Sequence[Question], predictions: Predictions, data_root: str | Path
+) -> dict[str, Any]:
+    """Return what :func:`grade` returns, and write what each question was graded; nothing is graded twice."""
+    graded = graders.TABLE[benchmark.grader](benchmark, questions, predictions)
+    write_items(path, benchmark, questions, predictions, graded, data_root)
+    return summarise(benchmark, questions, predictions, graded)
 
 
 def summarise(
@@ -68,13 +60,19 @@ def summarise(
             results[name] = _entry(measure, groups, graded.exact.get(name))
     notes = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
     right = {name: bool(value) for name, value in graded.corrected.items()} if benchmark.grader != "report" else {}
-    return results | {
+    details: dict[str, Any] = {"reliability": reliability(predictions.confidences, right)}
+    results |= {
         "metrics": list(benchmark.metrics),
         "unparsable": graded.unparsable,
         "counts": benchmark.counts,
         "notes": [*predictions.notes, *notes],
-        "details": {"reliability": reliability(predictions.confidences, right)},
+        "details": details,
     }
+    if benchmark.grader == "trigger":
+        told = describe_triggers(questions, predictions)
+        details["confusion"] = told.pop("confusion")
+        results |= told
+    return results
 
 
 def _entry(measure: Measure, groups: Sequence[str], exact: float | None) -> dict[str, Any]:
@@ -153,13 +151,12 @@ def run_grading(benchmark: str, predictions: str, data_root: str, output_dir: st
     questions = read_questions(definition, data_root)
     read = read_predictions(predictions, [question.id for question in questions])
     folder = make_output_dir(output_dir)
-    results = {benchmark: grade(definition, questions, read)}
     kept = folder / "predictions" / f"{benchmark}.jsonl"
     kept.parent.mkdir(exist_ok=True)
     if Path(predictions).resolve() != kept.resolve():
         shutil.copyfile(predictions, kept)
-    write_items(kept.with_suffix(".items.jsonl"), definition, questions, read, data_root)
-    write_outputs(folder, [definition], results)
+    results = grade_to_file(kept.with_suffix(".items.jsonl"), definition, questions, read, data_root)
+    write_outputs(folder, [definition], {benchmark: results})
 
 
 def write_outputs(folder: Path, definitions: Sequence[Benchmark], results: Mapping[str, Any]) -> None:
@@ -172,11 +169,14 @@ def write_outputs(folder: Path, definitions: Sequence[Benchmark], results: Mappi
 
 
 def write_items(
-    path: Path, definition: Benchmark, questions: Sequence[Question], read: Predictions, data_root: str | Path
+    path: Path,
+    definition: Benchmark,
+    questions: Sequence[Question],
+    read: Predictions,
+    graded: graders.Graded,
+    data_root: str | Path,
 ) -> None:
     """Write what each question was graded, one line each, with what a reader needs to judge it."""
-    graded = graders.TABLE[definition.grader](definition, questions, read)
-    texts = graders.texts_of(read)
     calls = trigger_items(questions, read) if definition.grader == "trigger" else ()
     more = {row["question_id"]: row for row in calls}
     rows = (
@@ -186,7 +186,7 @@ def write_items(
             "question": question.text,
             "image": str(image_path(definition, question, data_root)) if question.image else None,
             "answer": question.answer,
-            "text": texts.get(question.id),
+            "text": read.texts.get(question.id),
             "confidence": read.confidences.get(question.id),
             "published": graded.published.get(question.id),
             "corrected": graded.corrected.get(question.id),

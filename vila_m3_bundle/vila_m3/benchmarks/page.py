@@ -20,11 +20,11 @@ from vila_m3_common.errors import UserError
 from vila_m3_common.volumes import load_picture
 
 from .definition import Benchmark
-from .tables import CORRECTED, ROWS, columns_of, heading, percent, table_rows
+from .tables import BLANK_ENDING, CORRECTED, MAJORITY_ENDING, ROWS, columns_of, heading, percent, table_rows
 
 GALLERY_SIZE = 12
 THUMBNAIL_PIXELS = 176
-_COLORS = {"": "#2f6f9f", "_blank": "#c9a227", "_majority": "#8a8a8a", "published": "#b9cfdd"}
+_COLORS = {"": "#2f6f9f", BLANK_ENDING: "#c9a227", MAJORITY_ENDING: "#8a8a8a", "published": "#b9cfdd"}
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
 h2{margin-top:2.2em;border-bottom:1px solid #ccc}table{border-collapse:collapse;margin:1em 0}
@@ -133,10 +133,10 @@ def _bars(axes: Axes, bars: Sequence[tuple[str, Mapping[str, Any], str]], label:
 def _expert_section(definitions: Sequence[Benchmark], results: Mapping[str, Any]) -> str:
     """Draw every benchmark that was asked with an expert beside the same without."""
     bars: list[tuple[str, Mapping[str, Any], str]] = []
-    for plain, told in expert_pairs([definition.name for definition in definitions]):
-        by_name = {definition.name: definition for definition in definitions}
+    by_name = {definition.name: definition for definition in definitions}
+    for plain, told in expert_pairs(list(by_name)):
         metric = _headline(by_name[told], results)
-        for name, color in ((plain, _COLORS["_majority"]), (told, _COLORS[""])):
+        for name, color in ((plain, _COLORS[MAJORITY_ENDING]), (told, _COLORS[""])):
             if results.get(name, {}).get(metric, {}).get("value") is not None:
                 bars.append((f"{name} ({heading(metric)})", results[name][metric], color))
     if not bars:

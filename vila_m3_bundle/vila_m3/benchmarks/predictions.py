@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ class Predictions:
     lines: tuple[tuple[Any, str], ...]
     notes: tuple[str, ...] = ()
     confidences: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """Question id as text -> answer; the last of several counts."""
+        return {str(name): text for name, text in self.lines}
 
 
 def checksum(row: Mapping[str, Any]) -> str:
@@ -75,13 +81,13 @@ def read_predictions(path: str | Path, known: Sequence[str]) -> Predictions:
     rows, notes = read_rows(Path(path))
     if not rows:
         raise UserError(f"{path} has no usable line; each needs question_id and text")
-    counts = Counter(row["question_id"] for row in rows)
+    counts, asked = Counter(row["question_id"] for row in rows), set(known)
     repeated = sum(count > 1 for count in counts.values())
-    unknown = sum(name not in known for name in counts)
+    unknown = sum(name not in asked for name in counts)
     missing = sum(name not in counts for name in known)
     told = ((repeated, "ids stand in several lines; the last counts"), (unknown, "ids are no question's; ignored"))
     notes += [f"{count} {what}" for count, what in (*told, (missing, "questions have no answer; wrong")) if count]
-    failed = [str(row["error"]) for row in rows if row.get("error") and row["question_id"] in known]
+    failed = [str(row["error"]) for row in rows if row.get("error") and row["question_id"] in asked]
     if failed:
         notes.append(f"{len(failed)} questions could not be asked; wrong. The first: {failed[0]}")
     confidences, odd = _read_confidences(rows)

@@ -28,8 +28,9 @@ from ..data.record import Record, to_conversation
 from .asking import ask_record, prompt_text
 from .definition import Benchmark, Question, image_root, load_benchmark, read_questions
 from .endpoint import Endpoint, EndpointError
-from .grading import grade, majority_predictions, write_items, write_outputs
+from .grading import grade, grade_to_file, majority_predictions, write_outputs
 from .predictions import PredictionFile, merge_shards, read_predictions, read_shards, shard_path
+from .tables import BLANK_ENDING, MAJORITY_ENDING
 
 Row = dict[str, Any]
 Ask = Callable[[Sequence[Conversation]], list[Row]]
@@ -173,7 +174,12 @@ class Questioner:
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def _check_names(benchmarks: Any) -> list[str]:
+def benchmark_names(benchmarks: Any) -> list[str]:
+    """Return the names that a command was given, one or several.
+
+    Raises:
+        UserError: if there are none.
+    """
     names = [benchmarks] if isinstance(benchmarks, str) else list(benchmarks or [])
     if not names:
         raise UserError("no benchmark was given; add --benchmarks \"['slake']\"")
@@ -212,7 +218,7 @@ def run_benchmarks(
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is too small; give at least 1")
-    definitions = [load_benchmark(name, benchmarks_dir) for name in _check_names(benchmarks)]
+    definitions = [load_benchmark(name, benchmarks_dir) for name in benchmark_names(benchmarks)]
     asked = {definition.name: read_questions(definition, data_root) for definition in definitions}
     if endpoint is None and answerer is None:
         raise UserError("neither a model nor an endpoint was given")
@@ -232,7 +238,7 @@ def run_benchmarks(
 
 def run_name(definition: Benchmark, is_blank: bool) -> str:
     """Return the name of a benchmark's predictions and scores."""
-    return f"{definition.name}_blank" if is_blank else definition.name
+    return f"{definition.name}{BLANK_ENDING}" if is_blank else definition.name
 
 
 def _ask_share(
@@ -264,9 +270,8 @@ def _grade_all(
         for is_blank in _shown_blank(definition, questions, blank_baseline):
             name = run_name(definition, is_blank)
             read = read_predictions(merge_shards(folder, name, known), known)
-            results[name] = grade(definition, questions, read)
-            write_items(folder / f"{name}.items.jsonl", definition, questions, read, data_root)
-        results[f"{definition.name}_majority"] = grade(definition, questions, majority_predictions(questions))
+            results[name] = grade_to_file(folder / f"{name}.items.jsonl", definition, questions, read, data_root)
+        results[f"{definition.name}{MAJORITY_ENDING}"] = grade(definition, questions, majority_predictions(questions))
     write_outputs(folder.parent, definitions, results)
 
 

@@ -242,6 +242,17 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence[str], seed: int
     return measure_interval(mean_measure(values), groups, seed)
 
 
+def score(values: Sequence[float], groups: Sequence[str]) -> dict[str, Any]:
+    """Return ``{value, interval, count}`` of a mean, the interval at 95 %."""
+    if not values:
+        return {"value": None, "interval": None, "count": 0}
+    return {
+        "value": sum(values) / len(values),
+        "interval": list(bootstrap_interval(values, groups)),
+        "count": len(values),
+    }
+
+
 def permutation_p_value(first: Sequence[float], second: Sequence[float], groups: Sequence[str], seed: int = 0) -> float:
     """Return the two-sided p-value of the paired difference of two runs' means, exchanged by group.
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from .definition import Benchmark
 
+# What the names of a benchmark's baselines end with.
+BLANK_ENDING, MAJORITY_ENDING = "_blank", "_majority"
 ROWS = {
     "": "this model",
-    "_blank": "this model, blank image",
-    "_majority": "majority answer per question (upper bound)",
+    BLANK_ENDING: "this model, blank image",
+    MAJORITY_ENDING: "majority answer per question (upper bound)",
 }
 CORRECTED = "corrected_"
 

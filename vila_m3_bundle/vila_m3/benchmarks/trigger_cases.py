@@ -14,7 +14,6 @@ A case in a wording that training may have seen is left out: some tables are so 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.trigger import parse_triggers
 from vila_m3_common.volumes import load_picture
 
+from ..answer import digest_of
 from ..data.experts.wording import frames, wordings
 from ..data.record import Message, Record, format_row
 from ..phantom_conversations import ConversationMaker, PhantomPool, Sample, build_pool
@@ -188,7 +188,7 @@ def to_record(case: Case, name: str, folder: Path) -> Record:
 
 
 def _save(image: np.ndarray, folder: Path) -> str:
-    name = f"{hashlib.sha256(f'{image.shape}'.encode() + image.tobytes()).hexdigest()[:20]}.png"
+    name = f"{digest_of(image)[:20]}.png"
     if not (folder / name).is_file():
         Image.fromarray(np.ascontiguousarray(image)).save(folder / name)
     return name

@@ -10,7 +10,7 @@ from vila_m3_common.trigger import Trigger, parse_triggers
 
 from .definition import Question
 from .predictions import Predictions
-from .statistics import bootstrap_interval
+from .statistics import score
 
 OUTCOMES = ("right", "wrong argument", "wrong expert", "double", "missed", "spurious")
 NOBODY = "none"
@@ -67,21 +67,14 @@ def _argument(call: Trigger) -> str:
 
 def judge_all(questions: Sequence[Question], predictions: Predictions) -> Iterator[Graded]:
     """Grade every case; one without an answer has called nobody."""
-    texts = {str(name): text for name, text in predictions.lines}
     for question in questions:
         wanted = tuple(parse_triggers(question.answer))
-        called = tuple(parse_triggers(texts.get(question.id, "")))
+        called = tuple(parse_triggers(predictions.texts.get(question.id, "")))
         yield Graded(question, wanted, called, judge(wanted, called))
 
 
 def _share(rows: Sequence[Graded], values: Sequence[bool]) -> dict[str, Any]:
-    groups = [row.question.group for row in rows]
-    numbers = [float(value) for value in values]
-    return {
-        "value": sum(numbers) / len(numbers),
-        "interval": list(bootstrap_interval(numbers, groups)),
-        "count": len(numbers),
-    }
+    return score([float(value) for value in values], [row.question.group for row in rows])
 
 
 def _by(rows: Sequence[Graded], name: str) -> dict[str, Any]:
