@@ -73,6 +73,17 @@ def find_user_error(error: BaseException | None) -> UserError | None:
     return None
 
 
+def check_choice(value: str, valid: Sequence[str], what: str) -> str:
+    """Return ``value`` when it is one of ``valid``.
+
+    Raises:
+        UserError: naming ``what`` and its valid values.
+    """
+    if value not in valid:
+        raise UserError(f"unknown {what} {value!r}; {near_match_hint(str(value), valid)}valid: {', '.join(valid)}")
+    return value
+
+
 def near_match_hint(given: str, valid: Sequence[str]) -> str:
     """Return ``"did you mean 'x'? "`` when ``given`` is close to a valid name, else an empty string."""
     close = get_close_matches(given, valid, n=1, cutoff=0.6)

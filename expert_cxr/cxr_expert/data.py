@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vila_m3_common.errors import UserError, exits_with_message, near_match_hint
+from vila_m3_common.patients import is_held_out
 from vila_m3_common.phantoms import cxr_phantom, save_radiograph
 from vila_m3_common.prompts import CXR_FINDINGS
 
@@ -248,15 +248,14 @@ def _check_findings(names: Iterable[str], path: Path) -> None:
 def split_by_patient(items: Sequence[Item], val_fraction: float, needs_both: bool = True) -> dict[str, list[Item]]:
     """Split into training and validation so that a patient's pictures stay together.
 
-    The checksum of the patient id decides, so that a patient never changes sides when others are added.
+    :func:`vila_m3_common.patients.is_held_out` decides, so that a patient never changes sides when others are added.
 
     Raises:
         UserError: if a needed part comes out empty.
     """
     parts: dict[str, list[Item]] = {"training": [], "validation": []}
     for item in items:
-        position = zlib.crc32(str(item["patient"]).encode()) / 2**32
-        parts["validation" if position < val_fraction else "training"].append(item)
+        parts["validation" if is_held_out(str(item["patient"]), val_fraction) else "training"].append(item)
     empty = [name for name in parts if not parts[name] and (needs_both or name == "validation")]
     if empty:
         raise UserError(f"val_fraction {val_fraction} leaves no picture for {' and '.join(empty)}; choose another")

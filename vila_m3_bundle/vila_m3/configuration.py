@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from vila_m3_common.errors import UserError, near_match_hint
+from vila_m3_common.errors import UserError, check_choice
 
 from .intern_vit import InternVitConfig
 from .projector import token_count
@@ -61,7 +61,7 @@ class VilaM3Config(PretrainedConfig):
         released_configs: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_choice("vision feature selection", vision_feature_select, FEATURE_SELECTIONS)
+        check_choice(vision_feature_select, FEATURE_SELECTIONS, "vision feature selection")
         check_aspect_ratio(image_aspect_ratio)
         self.text_config = _text_config(text_config)
         self.vision_config = _vision_config(vision_config)
@@ -97,14 +97,9 @@ class VilaM3Config(PretrainedConfig):
         return int(self.vision_config.image_size)
 
 
-def _check_choice(what: str, given: str, allowed: tuple[str, ...]) -> None:
-    if given not in allowed:
-        raise UserError(f"unknown {what} {given!r}; {near_match_hint(str(given), allowed)}valid: {', '.join(allowed)}")
-
-
 def check_aspect_ratio(given: str) -> None:
     """Raise a UserError unless ``given`` is a way of making pictures square that exists."""
-    _check_choice("image aspect ratio", given, ASPECT_RATIOS)
+    check_choice(given, ASPECT_RATIOS, "image aspect ratio")
 
 
 def _text_config(given: LlamaConfig | dict[str, Any] | None) -> LlamaConfig:
@@ -122,7 +117,7 @@ def _vision_config(given: PretrainedConfig | dict[str, Any] | None) -> Pretraine
         return given
     values = dict(given or {})
     kind = values.pop("model_type", "siglip_vision_model")
-    _check_choice("vision tower", kind, VISION_TYPES)
+    check_choice(kind, VISION_TYPES, "vision tower")
     return AutoConfig.for_model(kind, **values)
 
 

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from vila_m3_common.errors import UserError, near_match_hint
+from vila_m3_common.errors import UserError, check_choice
 from vila_m3_common.training import process_rank
 
 from .adapters import attach_adapter
@@ -56,8 +56,7 @@ def train_parts(model: VilaM3ForConditionalGeneration, parts: Sequence[str]) -> 
         UserError: for no part, or an unknown one.
     """
     for part in parts:
-        if part not in PARTS:
-            raise UserError(f"unknown part {part!r}; {near_match_hint(part, PARTS)}valid: {', '.join(PARTS)}")
+        check_choice(part, PARTS, "part")
     if not parts:
         raise UserError(f"no part is trained; name at least one of {', '.join(PARTS)}")
     unused = _unused_prefixes(model)
@@ -202,10 +201,7 @@ def arithmetic(name: str, device: str | torch.device) -> torch.dtype:
     Raises:
         UserError: for an unknown name.
     """
-    valid = ("auto", *DTYPES)
-    if name not in valid:
-        raise UserError(f"unknown amp_dtype {name!r}; {near_match_hint(name, valid)}valid: {', '.join(valid)}")
-    if name != "auto":
+    if check_choice(name, ("auto", *DTYPES), "amp_dtype") != "auto":
         return DTYPES[name]
     is_fast = torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if is_fast else torch.float32
@@ -228,9 +224,7 @@ def learner(
     Raises:
         UserError: for an unknown mode, or float16 in shares, whose scaling would differ between processes.
     """
-    modes = ("single", "ddp", "fsdp")
-    if mode not in modes:
-        raise UserError(f"unknown mode {mode!r}; {near_match_hint(mode, modes)}valid: {', '.join(modes)}")
+    check_choice(mode, ("single", "ddp", "fsdp"), "mode")
     loss = SupervisedLoss(model, always_sees=mode != "single")
     if mode == "ddp":
         ids = [model.device] if model.device.type == "cuda" else None

@@ -20,12 +20,12 @@ from vila_m3.data.experts.labels import read_label_table
 from vila_m3.data.experts.wording import describe_wordings, pick, segment_wordings, tumor_wordings, wordings
 from vila_m3.data.prepare import prepare
 from vila_m3.data.record import Message, Record, load_image
-from vila_m3.data.source import Item, Pending, Rejected, RowProblem, check_choice
+from vila_m3.data.source import Item, Pending, Rejected, RowProblem
 from vila_m3.questions import is_held_out, tables
 from vila_m3.resumable_files import write_atomically
 from vila_m3_common.anatomy import TUMORS
 from vila_m3_common.conversation import IMAGE_TOKEN
-from vila_m3_common.errors import UserError, exits_with_message
+from vila_m3_common.errors import UserError, check_choice, exits_with_message
 from vila_m3_common.hooks import BundleExpert, close_experts, open_experts
 from vila_m3_common.members import find_member
 from vila_m3_common.prompts import BRATS_LABELS, ct_report

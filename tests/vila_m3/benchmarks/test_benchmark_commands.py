@@ -14,8 +14,8 @@ from PIL import Image
 
 from vila_m3.benchmarks.definition import load_benchmark
 from vila_m3.benchmarks.page import html_page
-from vila_m3.data.sources.finding_labels import is_held_out
 from vila_m3_common.hooks import quiet
+from vila_m3_common.patients import is_held_out
 from vila_m3_common.phantoms import cxr_phantom, save_radiograph
 
 PATIENTS = [str(number) for number in range(60) if is_held_out(str(number), 0.2)][:4]

@@ -17,8 +17,9 @@ from vila_m3.benchmarks.definition import Benchmark, Question, load_benchmark, r
 from vila_m3.benchmarks.grading import grade, reliability
 from vila_m3.benchmarks.predictions import Predictions, read_predictions
 from vila_m3.benchmarks.statistics import compare, mean_measure, measure_interval, value_of
-from vila_m3.data.sources.finding_labels import is_held_out, read_finding_labels
+from vila_m3.data.sources.finding_labels import read_finding_labels
 from vila_m3_common.errors import UserError
+from vila_m3_common.patients import is_held_out
 
 BENCHMARKS = "vila_m3_bundle/configs/benchmarks"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from vila_m3_common.patients import is_held_out
 
 from ..data.source import check_folder, find_file, read_csv_rows
 
@@ -41,7 +42,7 @@ def held_out_films(root: str | Path, share: float = HELD_OUT_SHARE) -> list[Film
     folder = check_folder(root)
     rows = read_csv_rows(find_file(folder, "labels.csv"), ["Image Index", "Finding Labels", "Patient ID"])
     films = [_film(folder, row) for _, row in rows if not isinstance(row, str)]
-    return [film for film in films if zlib.crc32(film.patient.encode()) / 2**32 < share]
+    return [film for film in films if is_held_out(film.patient, share)]
 
 
 def _film(folder: Path, row: Mapping[str, str]) -> Film:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vila_m3_common.errors import UserError, near_match_hint
+from vila_m3_common.errors import check_choice
 
 from .record import Message, Record, find_count_problem, find_image_problem, format_row
 from .source import Item, Rejected, finish
@@ -43,11 +43,7 @@ class RowChecks:
     entities: str = "refuse"
 
     def __post_init__(self) -> None:
-        if self.entities not in ENTITY_CHOICES:
-            hint = near_match_hint(self.entities, ENTITY_CHOICES)
-            raise UserError(
-                f"unknown treatment of entities {self.entities!r}; {hint}valid: {', '.join(ENTITY_CHOICES)}"
-            )
+        check_choice(self.entities, ENTITY_CHOICES, "treatment of entities")
 
     def check(self, record: Record) -> Record | str:
         """Return the record as it is to be written, or why it is refused."""

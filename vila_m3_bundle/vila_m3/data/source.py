@@ -87,17 +87,6 @@ def check_folder(source: str | Path) -> Path:
     return folder
 
 
-def check_choice(value: str, valid: Sequence[str], what: str) -> str:
-    """Return ``value`` when it is one of ``valid``.
-
-    Raises:
-        UserError: naming ``what`` and its valid values.
-    """
-    if value not in valid:
-        raise UserError(f"unknown {what} {value!r}; {near_match_hint(str(value), valid)}valid: {', '.join(valid)}")
-    return value
-
-
 def find_file(folder: Path, *names: str) -> Path:
     """Return the first of several names of one file that exists below ``folder``.
 

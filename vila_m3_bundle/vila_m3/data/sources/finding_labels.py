@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vila_m3_common.errors import check_choice
+from vila_m3_common.patients import is_held_out
 from vila_m3_common.prompts import WHICH_FINDINGS, is_there
 
 from ..record import Record
-from ..source import Item, Located, Rejected, RowProblem, ask, check_choice, check_folder, find_file, read_csv_rows
+from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, find_file, read_csv_rows
 
 FORMS = ("binary", "multi_choice")
 SPLITS = ("train", "validate", "test")
@@ -76,11 +77,6 @@ def read_finding_labels(
         metadata = {"dataset": dataset, "split": split, "patient": owner, "answer_type": "CLOSED"}
         for record in _ask(row[image] + image_ending, present, form, metadata):
             yield Located(number, record, path.name)
-
-
-def is_held_out(patient: str, share: float) -> bool:
-    """Return whether a patient is in the held-out share."""
-    return zlib.crc32(patient.encode()) / 2**32 < share
 
 
 def _find_patient(text: str, pattern: str) -> str:

@@ -10,23 +10,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from vila_m3_common.errors import UserError
+from vila_m3_common.errors import UserError, check_choice
 
 from ..cleaning import clean_report
 from ..record import Record
-from ..source import (
-    Item,
-    Located,
-    Pending,
-    Rejected,
-    RowProblem,
-    ask,
-    check_choice,
-    check_folder,
-    find_file,
-    open_csv,
-    read_json,
-)
+from ..source import Item, Located, Pending, Rejected, RowProblem, ask, check_folder, find_file, open_csv, read_json
 
 SPLITS = ("train", "validate", "test")
 TEXTS = ("sections", "raw", "cleaned")

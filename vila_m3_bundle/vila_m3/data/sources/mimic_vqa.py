@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vila_m3_common.errors import check_choice
+
 from ..record import Record
 from ..source import (
     Item,
@@ -13,7 +15,6 @@ from ..source import (
     Rejected,
     RowProblem,
     ask,
-    check_choice,
     check_folder,
     find_file,
     get_text,

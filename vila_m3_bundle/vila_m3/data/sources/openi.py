@@ -8,11 +8,11 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-from vila_m3_common.errors import UserError
+from vila_m3_common.errors import UserError, check_choice
 
 from ..cleaning import clean_report
 from ..record import Record
-from ..source import Item, Located, Rejected, RowProblem, ask, check_choice
+from ..source import Item, Located, Rejected, RowProblem, ask
 from .mimic_cxr import QUESTION
 
 TEXTS = ("sections", "cleaned")

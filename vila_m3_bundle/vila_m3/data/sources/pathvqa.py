@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from vila_m3_common.errors import UserError
+from vila_m3_common.errors import UserError, check_choice
 
 from ..record import Record, resolve_image
-from ..source import Item, Located, Rejected, RowProblem, ask, check_choice, check_folder, get_text
+from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, get_text
 
 # The original's training set is train followed by validation. Coins are thrown in the order train, validation, test.
 SPLITS = {

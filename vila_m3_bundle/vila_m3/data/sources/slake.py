@@ -7,19 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vila_m3_common.errors import check_choice
+
 from ..record import Record
-from ..source import (
-    Item,
-    Located,
-    Rejected,
-    RowProblem,
-    ask,
-    check_choice,
-    check_folder,
-    find_file,
-    get_text,
-    read_json_list,
-)
+from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, find_file, get_text, read_json_list
 
 # The training set of the original is train followed by validate, with ids counted through.
 SPLITS = {

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vila_m3_common.errors import check_choice
+
 from ..record import Record
-from ..source import Item, Located, Rejected, RowProblem, ask, check_choice, check_folder, find_file, get_text
+from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, find_file, get_text
 
 SPLITS = ("train", "dev", "test")
 
