@@ -64,7 +64,6 @@ class Job:
     def __init__(self, conversation: Conversation, options: Options, check: Callable[[], None]) -> None:
         self.conversation, self.options, self._check = conversation, options, check
         self.usage = Usage()
-        self.notes: list[str] = []
         self.is_cut = False
         self.is_cancelled = False
         self.is_over = threading.Event()
@@ -185,8 +184,6 @@ class VlmQueue:
         self._metrics.batch.observe(len(jobs))
         for job, answered in zip(jobs, hook.answer_batch([job.conversation for job in jobs]), strict=True):
             job.usage.completion, job.is_cut = answered.new_token_count, answered.is_cut
-            if job.is_cut:
-                job.notes = [f"The answer was cut off after {answered.new_token_count} tokens."]
             self._finish(job, answered.text)
 
     def _stream(self, hook: Any, job: Job) -> None:
@@ -208,7 +205,6 @@ class VlmQueue:
         if report is not None:
             job.usage = Usage(report.prompt_token_count, report.reused_token_count, report.new_token_count)
             job.is_cut = report.stop_reason in ("max_new_tokens", "context")
-        job.notes = list(getattr(hook, "notes", ()))
         self._finish(job, "")
 
     def _finish(self, job: Job, text: str) -> None:
