@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +23,8 @@ from vila_m3.checkpoint import load_checkpoint, load_processor
 from vila_m3.data.record import to_conversation
 
 pytestmark = pytest.mark.bench
+THREADS = 2
 BLOCK, BLOCKS = 96, 3
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_runner_is_four_times_as_fast_as_the_references_way(repository: Path, shared: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import re
 import statistics
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from vila_m3.train_handlers import StepProgress
 from vila_m3.trainer import StageTrainer, cosine_schedule, learner, train_parts, trained_parameters
 
 pytestmark = pytest.mark.bench
+THREADS = 1
 
 CONFIG = {
     "drops_chunk_starts": False,
@@ -57,14 +57,6 @@ CONFIG = {
     },
 }
 STEP, MICRO, COUNT, ROUNDS = 16, 4, 64, 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vqa(shared: Path, folder: Path, count: int) -> list[Record]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from vila_m3_common import prompts
 from vila_m3_common.conversation import Conversation
 
 pytestmark = pytest.mark.bench
+THREADS = 2
 
 CONFIG = {
     "drops_chunk_starts": False,
@@ -47,14 +48,6 @@ CONFIG = {
         "patch_size": 14,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
