@@ -179,11 +179,13 @@ def test_a_report_file_of_the_original_shows_the_images_of_the_rows(shared: Path
 
 def write_releases(data: Path) -> None:
     """What the page says to unpack below ``data``, and files of the user's own."""
-    rows = [{**SLAKE, "img_id": number, "img_name": f"{number}.jpg"} for number in range(2)]
-    write_layout(data / "slake", {"train.json": rows[:1], "test.json": rows[1:], "imgs/0.jpg": None})
-    picture(99).save(data / "slake/imgs/1.jpg")
+    rows = [{**SLAKE, "img_id": number, "img_name": f"{number}.jpg"} for number in range(3)]
+    parts = {f"{part}.json": [row] for part, row in zip(("train", "test", "validate"), rows, strict=True)}
+    write_layout(data / "slake", {**parts, "imgs/0.jpg": None})
+    for number in (1, 2):
+        picture(98 + number).save(data / f"slake/imgs/{number}.jpg")
     write_layout(data / "vqa_rad", {"VQA_RAD_Dataset_Public.json": [RAD_TRAIN], "images/a.jpg": None})
-    write_layout(data / "pathvqa", {"train-00000-of-00001-ab.parquet": parquet})
+    write_layout(data / "pathvqa", {f"{part}-00000-of-00001-ab.parquet": parquet for part in ("train", "validation")})
     write_layout(data / "usmle", {"train.jsonl": USMLE})
     write_layout(data / "mimic_cxr", {**mimic_reports("train"), **medical_diff_vqa("train")})
     write_layout(data / "mine", {"questions.csv": "image,prompt,answer\na.png,Q?,yes\n", "a.png": None})
