@@ -1,13 +1,10 @@
 """Fixtures for all tests: the recorded reference outputs, and synthetic images."""
 
 import os
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from vila_m3_common import phantoms
 

@@ -13,6 +13,7 @@ import brats_expert
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.phantoms import mri_phantom, save_mri, save_volume
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 SEQUENCE_FILES = ("t1c.nii.gz", "t1n.nii.gz", "t2w.nii.gz", "t2f.nii.gz")

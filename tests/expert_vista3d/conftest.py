@@ -1,5 +1,6 @@
 """What the tests of the CT expert share: its folder, and a small phantom with its label map."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from monai.networks.nets.vista3d import VISTA3D
 import vista3d_expert
 from vila_m3_common.phantoms import ct_phantom, save_volume
 from vista3d_expert.network import nano_vista3d
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "common"))
 
 
 @pytest.fixture(scope="session")
