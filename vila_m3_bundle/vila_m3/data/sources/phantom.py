@@ -26,7 +26,6 @@ from vila_m3_common.slices import grey_to_rgb, take_slice, window_ct
 from ...answer import digest_of
 from ...phantom_conversations import (
     ConversationMaker,
-    PhantomPool,
     Sample,
     build_pool,
     group_ids,
