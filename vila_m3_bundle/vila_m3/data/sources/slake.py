@@ -28,6 +28,7 @@ def read_slake(
     seed: int = 0,
     image_first: bool | None = None,
     suffix: str = "",
+    suffix_share: float = 1.0,
     spared: Sequence[str] = (),
 ) -> Iterator[Item]:
     """Yield the questions of a split in the order of the release.
@@ -41,7 +42,8 @@ def read_slake(
         languages: values of ``q_lang`` to keep.
         seed: of the placement of the image.
         image_first: whether the image stands before the question in every row; None draws it.
-        suffix: sentence behind every question, as benchmarks append one.
+        suffix: sentence behind questions, as benchmarks append one.
+        suffix_share: share of the rows that have it, drawn.
         spared: languages in whose test set no image of a kept row may be. The release draws its parts for each
             language anew: of 96 images of the English test questions 72 have Chinese training questions.
 
@@ -50,6 +52,7 @@ def read_slake(
     """
     folder, position = check_folder(source), 0
     tested = _test_images(folder, spared)
+    coin = random.Random(f"suffix/{seed}")
     generator = random.Random(seed)
     for name in SPLITS[check_choice(split, list(SPLITS), "split")]:
         file = find_file(folder, f"{name}.json")
@@ -61,9 +64,9 @@ def read_slake(
             try:
                 if tested and get_text(row, "img_name") in tested:
                     continue
-                record = _convert(
-                    row, str(position), name, is_drawn_first if image_first is None else image_first, suffix
-                )
+                is_first = is_drawn_first if image_first is None else image_first
+                appended = suffix if coin.random() < suffix_share else ""
+                record = _convert(row, str(position), name, is_first, appended)
                 yield Located(row_number, record, file.name)
             except RowProblem as problem:
                 yield Rejected(row_number, str(problem), file.name)

@@ -34,6 +34,7 @@ def read_vqa_rad(
     seed: int = 0,
     image_first: bool = False,
     suffix: str = "",
+    suffix_share: float = 1.0,
 ) -> Iterator[Item]:
     """Yield the questions of a split in the order of the release.
 
@@ -45,7 +46,8 @@ def read_vqa_rad(
         organ_questions: whether every training row also asks for the organ, as in the original (``published`` only).
         seed: of the wording of the organ questions.
         image_first: whether the image stands before the question; behind it, as in the original.
-        suffix: sentence behind every question, as benchmarks append one.
+        suffix: sentence behind questions, as benchmarks append one.
+        suffix_share: share of the rows that have it, drawn.
 
     Raises:
         UserError: for an unknown split or choice of questions, or a folder without the file.
@@ -54,6 +56,7 @@ def read_vqa_rad(
     check_choice(questions, QUESTIONS, "choice of questions")
     file = find_file(check_folder(source), FILE_NAME)
     generator, position = random.Random(seed), 0
+    coin = random.Random(f"suffix/{seed}")
     for row_number, row in enumerate(read_json_list(file), start=1):
         try:
             if not _is_selected(row, split, questions):
@@ -61,7 +64,7 @@ def read_vqa_rad(
             organ = generator.choice(ORGAN_QUESTIONS) if split == "train" and organ_questions else ""
             for kind, question, answer in _list_questions(row, questions, organ):
                 position += 1
-                messages = ask(question, answer, image_first, suffix)
+                messages = ask(question, answer, image_first, suffix if coin.random() < suffix_share else "")
                 record = _convert(row, str(position), split, kind, question, messages)
                 yield Located(row_number, record, file.name)
         except RowProblem as problem:
