@@ -142,3 +142,4 @@ def test_the_nano_chain_leaves_out_the_images_of_english_test_questions(shared: 
     assert len(tested & images("train", ["zh"], [])) == 72
     assert not tested & images("train_validate", ["en", "zh"], ["en"])
     assert len(images("train_validate", ["en", "zh"], ["en"])) == 546
+    assert not images("validate", ["en"], []) & images("train", ["en", "zh"], ["en"])

@@ -44,14 +44,15 @@ def read_slake(
         image_first: whether the image stands before the question in every row; None draws it.
         suffix: sentence behind questions, as benchmarks append one.
         suffix_share: share of the rows that have it, drawn.
-        spared: languages in whose test set no image of a kept row may be. The release draws its parts for each
-            language anew: of 96 images of the English test questions 72 have Chinese training questions.
+        spared: languages in whose other parts no image of a kept row may be (test, and validate when ``split`` is
+            train). The release draws its parts for each language anew: of 96 images of the English test questions 72
+            have Chinese training questions.
 
     Raises:
         UserError: for an unknown split or a folder without the files.
     """
     folder, position = check_folder(source), 0
-    tested = _test_images(folder, spared)
+    left_out = _images_elsewhere(folder, split, spared)
     coin = random.Random(f"suffix/{seed}")
     generator = random.Random(seed)
     for name in SPLITS[check_choice(split, list(SPLITS), "split")]:
@@ -62,7 +63,7 @@ def read_slake(
                 continue
             is_drawn_first = generator.randint(0, 1) == 1
             try:
-                if tested and get_text(row, "img_name") in tested:
+                if left_out and get_text(row, "img_name") in left_out:
                     continue
                 is_first = is_drawn_first if image_first is None else image_first
                 appended = suffix if coin.random() < suffix_share else ""
@@ -72,9 +73,10 @@ def read_slake(
                 yield Rejected(row_number, str(problem), file.name)
 
 
-def _test_images(folder: Path, languages: Sequence[str]) -> set[str]:
-    """Return the images of the test questions in these languages."""
-    rows = read_json_list(find_file(folder, "test.json")) if languages else []
+def _images_elsewhere(folder: Path, split: str, languages: Sequence[str]) -> set[str]:
+    """Return the images of the questions in these languages that are in parts other than those of a split."""
+    others = [name for name in ("train", "validate", "test") if name not in SPLITS[split]] if languages else []
+    rows = [row for name in others for row in read_json_list(find_file(folder, f"{name}.json"))]
     return {row["img_name"] for row in rows if isinstance(row, dict) and row.get("q_lang") in languages}
 
 
