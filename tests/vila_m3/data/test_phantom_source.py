@@ -11,6 +11,7 @@ from vila_m3.data.prepare import prepare
 from vila_m3.data.record import Record, format_row, parse_row
 from vila_m3.data.sources.phantom import CountedSlice, count_tumors, counted_slices, read_phantoms
 from vila_m3.data.validation import Validator
+from vila_m3.phantom_conversations import FOREIGN_REPLY
 from vila_m3.questions import is_held_out
 from vila_m3_common.errors import UserError
 from vila_m3_common.phantoms import CT_TUMORS, ct_phantom
@@ -18,7 +19,7 @@ from vila_m3_common.phantoms import CT_TUMORS, ct_phantom
 
 def write(folder: Path, cards: str, split: str = "train") -> list[Record]:
     pictures = folder / "pictures"
-    rows = read_phantoms(split, pictures, cards, count=12, counted_count=12, volume_count=1)
+    rows = read_phantoms(split, pictures, cards, count=12, counted_count=8, foreign_count=4, volume_count=1)
     summary = prepare(rows, "phantom", split, folder, RowChecks(pictures))
     assert (summary["written"], summary["rejected"]) == (24, 0)
     return [parse_row(line) for line in (folder / f"phantom_{split}.jsonl").read_text().splitlines()]
@@ -100,6 +101,12 @@ def test_pictures_are_named_by_their_content(records: list[Record], folder: Path
     assert len(shown) < sum(len(record.images) for record in records)
 
 
+def test_questions_that_do_not_fit_the_image_call_no_expert(records: list[Record]) -> None:
+    foreign = [record for record in records if record.metadata["question_type"] == "foreign"]
+    assert len(foreign) == 4
+    assert {record.messages[-1].text for record in foreign} == {FOREIGN_REPLY}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -109,7 +116,7 @@ def test_pictures_are_named_by_their_content(records: list[Record], folder: Path
     ],
 )
 def test_bad_options_are_refused(values: dict[str, object], message: str, tmp_path: Path) -> None:
-    options = {"split": "train", "count": 1, "counted_count": 1, "volume_count": 1, **values}
+    options = {"split": "train", "count": 1, "counted_count": 1, "foreign_count": 1, "volume_count": 1, **values}
     with pytest.raises(UserError, match=message):
         next(iter(read_phantoms(images=tmp_path, cards="", **options)))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
 """Conversations about phantoms: synthetic CT, brain MRI and chest X-ray whose tumours, sizes and counts are known.
 
-Two kinds are made. Most are those of :class:`vila_m3.phantom_conversations.ConversationMaker`: every modality, with
-the expert's turn from the ground truth. The others ask of a CT how many tumours it shows and how large they are.
+Three kinds are made. Most are those of :class:`vila_m3.phantom_conversations.ConversationMaker`: every modality, with
+the expert's turn from the ground truth. Others ask of a CT how many tumours it shows and how large they are, or ask
+what does not fit the image, so that no expert may be called.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ from vila_m3_common.slices import grey_to_rgb, take_slice, window_ct
 
 from ...answer import digest_of
 from ...phantom_conversations import (
+    FOREIGN_REPLY,
     ConversationMaker,
+    PhantomPool,
     Sample,
     build_pool,
     group_ids,
     show_group,
     slice_indices,
 )
+from ...questions import foreign_questions
 from ..experts.wording import pick, tumor_wordings, wordings
 from ..record import Message, Record
 from ..source import Item, Located
@@ -51,6 +55,7 @@ def read_phantoms(
     cards: str,
     count: int,
     counted_count: int,
+    foreign_count: int,
     volume_count: int,
     seed: int = 0,
 ) -> Iterator[Item]:
@@ -62,6 +67,7 @@ def read_phantoms(
         cards: text of the model cards.
         count: conversations of the first kind.
         counted_count: conversations about number and size of tumours.
+        foreign_count: questions of another modality.
         volume_count: phantoms of each modality, and as many CTs to count in.
         seed: of the conversations.
 
@@ -69,27 +75,52 @@ def read_phantoms(
         UserError: for an unknown split, no phantom, or negative counts.
     """
     check_choice(split, list(FIRST_SEEDS), "split")
-    if volume_count < 1 or min(count, counted_count) < 0:
+    counts = (count, counted_count, foreign_count)
+    if volume_count < 1 or min(counts) < 0:
         raise UserError(
-            f"{count} + {counted_count} conversations about {volume_count} phantoms cannot be made; give at least one "
-            "phantom and no negative number"
+            f"{' + '.join(map(str, counts))} conversations about {volume_count} phantoms cannot be made; give at least "
+            "one phantom and no negative number"
         )
     folder = Path(images)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    for number, sample in enumerate(_samples(split, cards, count, counted_count, volume_count, seed), start=1):
+    for number, sample in enumerate(_samples(split, cards, counts, volume_count, seed), start=1):
         yield Located(number, _to_record(sample, number, folder, split))
 
 
-def _samples(split: str, cards: str, count: int, counted_count: int, volume_count: int, seed: int) -> Iterator[Sample]:
+def _samples(split: str, cards: str, counts: Sequence[int], volume_count: int, seed: int) -> Iterator[Sample]:
     first, held_out = FIRST_SEEDS[split], split != "train"
-    if count:
-        maker = ConversationMaker(build_pool(volume_count, first), cards, held_out)
+    rng = random.Random(f"{split}/{seed}")
+    count, counted_count, foreign_count = counts
+    if count or foreign_count:
+        pool = build_pool(volume_count, first)
+        maker = ConversationMaker(pool, cards, held_out)
         yield from (maker(1_000_000 * seed + number) for number in range(count))
+        yield from (ask_foreign(pool, cards, rng, held_out) for _ in range(foreign_count))
     if counted_count:
         seeds = range(first + COUNTED_OFFSET, first + COUNTED_OFFSET + volume_count)
         counted = [found for number in seeds for found in counted_slices(number)]
-        rng = random.Random(f"{split}/{seed}")
         yield from (count_tumors(rng.choice(counted), cards, rng, held_out) for _ in range(counted_count))
+
+
+def ask_foreign(pool: PhantomPool, cards: str, rng: random.Random, held_out: bool) -> Sample:
+    """Ask what only an expert of another modality could answer.
+
+    Args:
+        pool: of the images.
+        cards: text of the model cards.
+        rng: chooses image and question.
+        held_out: whether to use only wordings that training never sees.
+    """
+    modality, question = rng.choice(list(foreign_questions(rng, held_out).items()))
+    greys = {
+        "CT": lambda: [rng.choice(pool.ct)[0]],
+        "MRI": lambda: rng.choice(pool.mri)[0],
+        "CXR": lambda: [rng.choice(pool.cxr)[0]],
+    }[modality]()
+    conversation = Conversation()
+    conversation.add("user", prompts.opening(modality, question, cards), [grey_to_rgb(grey) for grey in greys])
+    conversation.add("assistant", FOREIGN_REPLY)
+    return Sample(conversation, modality, "foreign")
 
 
 def _to_record(sample: Sample, number: int, folder: Path, split: str) -> Record:
