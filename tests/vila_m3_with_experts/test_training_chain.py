@@ -12,7 +12,7 @@ import pytest
 
 from vila_m3.checkpoint import load_checkpoint, load_processor
 from vila_m3_common.patients import is_held_out
-from vila_m3_composite.training_chain import run_chain, split_films
+from vila_m3_composite.training_chain import link_folders, run_chain, split_films
 
 CONFIGS = Path("bundles/vila_m3_with_experts/configs")
 # Appends to a file, and fails when it is told to.
@@ -93,6 +93,19 @@ def test_a_chain_that_cannot_be_is_refused(chain: Chain, tmp_path: Path) -> None
         run_chain([{**steps[0], "config_file": ["gone.json"]}], str(tmp_path))
 
 
+def test_linked_folders_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.txt").write_text("a")
+    for _ in range(2):
+        link_folders(str(tmp_path / "all"), {"one": str(tmp_path / "data")})
+    assert (tmp_path / "all/one/a.txt").read_text() == "a"
+    with pytest.raises(SystemExit, match="gone does not exist"):
+        link_folders(str(tmp_path / "all"), {"one": str(tmp_path / "gone")})
+    (tmp_path / "all/two").mkdir()
+    with pytest.raises(SystemExit, match="two is no link"):
+        link_folders(str(tmp_path / "all"), {"two": str(tmp_path / "data")})
+
+
 def test_films_are_those_of_patients_who_are_not_held_out(shared: Path) -> None:
     root = shared / "data/cxr/nih_256"
     films = [Path(film).name for (film,) in split_films(str(root), 0.2)]
@@ -108,7 +121,7 @@ def test_the_nano_chain_goes_from_data_to_weights_on_slices(repository: Path, sh
     files = [str(repository / CONFIGS / f"{name}.json") for name in names]
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
     command += ["--data", str(shared / "data"), "--work", str(tmp_path / "work")]
-    for last in ("[18/18] release: done, about 0.0 minutes left", "[18/18] release: done before"):
+    for last in ("[19/19] release: done, about 0.0 minutes left", "[19/19] release: done before"):
         environment = {**os.environ, "OMP_NUM_THREADS": "2"}
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -117,6 +130,7 @@ def test_the_nano_chain_goes_from_data_to_weights_on_slices(repository: Path, sh
     assert load_processor(released).tokenizer.convert_tokens_to_ids("liver") > 5
     assert load_checkpoint(released).config.vision_config.model_type == "conv_stem_siglip"
     card = json.loads((released / "model_card.json").read_text())
+    assert 0 <= card["metrics"]["trigger_accuracy"] <= 1
     assert set(card["data"]["train"]["data_sets"]) == {
         *("slake", "radvqa", "nih", "phantom"),
         *("expert_vista3d", "expert_brats", "expert_cxr"),

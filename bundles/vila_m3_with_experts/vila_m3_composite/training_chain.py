@@ -140,6 +140,29 @@ def split_films(root: str, share: float, count: int | None = None) -> list[list[
 
 
 @exits_with_message
+def link_folders(folder: str, targets: Mapping[str, str]) -> None:
+    """Bring folders that lie elsewhere under one, by links.
+
+    Args:
+        folder: created when missing.
+        targets: name below ``folder`` -> an existing folder.
+
+    Raises:
+        UserError: if a target is missing, or the name is taken by something else.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, target in targets.items():
+        link = Path(folder) / name
+        if not Path(target).is_dir():
+            raise UserError(f"folder {target} does not exist; name the folder of the data")
+        if link.is_symlink():
+            link.unlink()
+        if link.exists():
+            raise UserError(f"{link} is no link; remove it, or give another folder")
+        link.symlink_to(Path(target).resolve(), target_is_directory=True)
+
+
+@exits_with_message
 def release(checkpoint: str, output_dir: str) -> None:
     """Write the weights of a chain's last stage in half precision, with its card.
 
