@@ -203,7 +203,8 @@ def count_tumors(found: CountedSlice, cards: str, rng: random.Random, held_out: 
         if number:
             conversation.add("user", pick(wordings("count"), rng, held_out))
             conversation.add("assistant", counted)
-    if tells and row:
+    asks_size = tells and row is not None and rng.random() < 0.5
+    if asks_size and row:
         conversation.add("user", pick(wordings("size"), rng, held_out))
         conversation.add("assistant", prompts.tumor_size(row["longest_diameter_mm"], row["volume_ml"]))
-    return Sample(conversation, "CT", "count")
+    return Sample(conversation, "CT", "size" if asks_size else "count")
