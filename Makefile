@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8080
+DATA ?= ../shared/data
+WORK ?= ckpt/nano
 BIN := $(VENV)/bin
+comma := ,
 # A new bundle brings a new package, which the editable install must learn of.
 PACKAGES := $(wildcard */*/__init__.py bundles/*/*/__init__.py)
 # Two threads are as fast as many for the nano models, and leave the machine usable.
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-slow check format zips bench clean
+.PHONY: help venv demo serve train-nano evaluate-nano test test-slow check format zips bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +34,14 @@ demo: venv  ## ask the nano model about synthetic images; writes a report
 serve: venv  ## start the OpenAI-compatible service and the chat page on 127.0.0.1:8080; PORT= for another port
 	$(BIN)/python -m monai.bundle run --port $(PORT) \
 	    --config_file "['bundles/vila_m3_with_experts/configs/inference.json','bundles/vila_m3_with_experts/configs/serve.json']"
+
+train-nano: venv  ## train the nano model from DATA= through all stages into WORK=; SMOKE=1 tries the chain on slices
+	$(BIN)/python -m monai.bundle run --data $(abspath $(DATA)) --work $(abspath $(WORK)) --config_file \
+	    "['bundles/vila_m3_with_experts/configs/train_nano.json'$(if $(SMOKE),$(comma)'bundles/vila_m3_with_experts/configs/train_nano_smoke.json')]"
+
+evaluate-nano: venv  ## measure the trained nano model of WORK= on the test sets, triggers and phantoms
+	$(BIN)/python -m monai.bundle run --config_file bundles/vila_m3_with_experts/configs/evaluate_nano.json \
+	    --data $(abspath $(DATA)) --checkpoint $(abspath $(WORK))/released --work $(abspath $(WORK))/evaluation
 
 test: venv  ## run the tests, without the slow ones
 	$(BIN)/python -m pytest

@@ -323,3 +323,18 @@ def tumor_count(counts: Mapping[str, int]) -> str:
     """
     told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
     return f"There are {told}."
+
+
+def no_tumors(name: str) -> str:
+    """Return the assistant turn for a kind of tumour of which none is counted; a form of this project."""
+    return f"There are no {name}s."
+
+
+def tumor_size(diameter_mm: float, volume_ml: float) -> str:
+    """Return the assistant turn that tells the size of a kind of tumour; a form of this project.
+
+    Args:
+        diameter_mm: the longest diameter of the largest one.
+        volume_ml: of all of them together.
+    """
+    return f"The longest diameter is {diameter_mm:g} mm, the volume is {volume_ml:g} mL."

@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from vila_m3.checkpoint import load_checkpoint
 from vila_m3.configuration import IMAGE_TOKEN_ID, VilaM3Config
-from vila_m3.export import save_one_folder
+from vila_m3.conv_stem import ConvStemConfig
+from vila_m3.export import save_one_folder, save_released
 from vila_m3.model import VilaM3ForConditionalGeneration, build_model
 from vila_m3.processor import VilaM3Processor
+from vila_m3.training import make_processor
 from vila_m3_common.errors import UserError
 
 
@@ -68,7 +71,7 @@ def test_sdpa_equals_eager(model: VilaM3ForConditionalGeneration) -> None:
         torch.testing.assert_close(model(**inputs(model)).logits, eager, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "intern_vit_6b"])
+@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "intern_vit_6b", "conv_stem_siglip"])
 def test_gradient_checkpointing_changes_no_gradient(tower: str) -> None:
     torch.manual_seed(0)
     model = build_model(small_config(tower)).train()
@@ -85,7 +88,8 @@ def test_gradient_checkpointing_changes_no_gradient(tower: str) -> None:
 
 
 def small_config(tower: str) -> dict[str, Any]:
-    select = "cls_patch" if tower == "siglip_vision_model" else "patch"
+    select = "cls_patch" if tower in ("siglip_vision_model", "conv_stem_siglip") else "patch"
+    size = {"image_size": 24, "patch_size": 4, "stem_channels": [8, 16]} if tower == "conv_stem_siglip" else {}
     return {
         "vision_feature_select": select,
         "text_config": {
@@ -103,11 +107,12 @@ def small_config(tower: str) -> dict[str, Any]:
             "num_attention_heads": 2,
             "image_size": 42,
             "patch_size": 14,
+            **size,
         },
     }
 
 
-@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "intern_vit_6b"])
+@pytest.mark.parametrize("tower", ["siglip_vision_model", "clip_vision_model", "intern_vit_6b", "conv_stem_siglip"])
 def test_the_tower_stops_at_the_layer_that_is_read(tower: str) -> None:
     model = build_model(small_config(tower)).eval()
     with torch.no_grad():
@@ -141,3 +146,23 @@ def test_the_config_survives_its_file(tmp_path: Path) -> None:
     config = VilaM3Config(**small_config("clip_vision_model"), chat_template="hermes-2", drops_chunk_starts=False)
     config.save_pretrained(tmp_path)
     assert VilaM3Config.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_a_stem_of_convolutions_is_written_and_read_in_both_layouts(tmp_path: Path, processor: VilaM3Processor) -> None:
+    config = small_config("conv_stem_siglip")
+    config["text_config"]["vocab_size"] = 1024
+    model = build_model(config).eval()
+    assert model.tokens_per_image == 9
+    own = make_processor(processor.tokenizer, model)
+    save_released(model, own, tmp_path / "released")
+    save_one_folder(model, own, tmp_path / "one")
+    with torch.no_grad():
+        expected = model(**inputs(model)).logits
+        for folder in ("released", "one"):
+            loaded = load_checkpoint(tmp_path / folder, dtype="float32")
+            torch.testing.assert_close(loaded(**inputs(model)).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_a_stem_whose_halvings_do_not_make_the_patch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"stem_channels \[8, 16\] with patch_size 14 make no tower; .* patch_size 4"):
+        ConvStemConfig(stem_channels=[8, 16], patch_size=14)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from torch.utils.data import Dataset, Sampler
 from vila_m3_common.conversation import Conversation
 from vila_m3_common.errors import UserError, near_match_hint
 
-from .configuration import IGNORED_LABEL
-from .data.mixture import Mixture, MixtureItem, MixtureSampler
+from .configuration import IGNORED_LABEL, IMAGE_TOKEN_ID
+from .data.mixture import DataSet, Mixture, MixtureItem, MixtureSampler, temperature_quotas
+from .data.record import to_conversation
 from .packing import pad_rows, plan_rows
 from .processor import Encoded, VilaM3Processor, pad_prompts
 
 logger = logging.getLogger(__name__)
 
 POLICIES = ("stop", "skip")
+_UNREAD = np.zeros((1, 1, 3), np.uint8)
 
 
 def check_policy(name: str, given: str) -> str:
@@ -135,6 +138,7 @@ class MixtureDataset(Dataset):
         self.on_error = check_policy("on_error", on_error)
         self._room = int(cache_gib * 2**30)
         self._kept: dict[tuple[str, int], Encoded] = {}
+        self._pictures: dict[tuple[Path, tuple[str, ...]], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -155,13 +159,26 @@ class MixtureDataset(Dataset):
         key = (data_set.name, row)
         if key in self._kept:
             return self._kept[key]
-        encoded = self.processor.encode(self.mixture[index].conversation())
-        size = sum(value.nbytes for value in (encoded.input_ids, encoded.labels, encoded.pixel_values))
+        encoded, size = self._encode(self.mixture[index])
         # Rows come in another order in every pass, so that dropping old ones for new ones would gain nothing.
         if size <= self._room:
             self._room -= size
             self._kept[key] = encoded
         return encoded
+
+    def _encode(self, item: MixtureItem) -> tuple[Encoded, int]:
+        """Encode a row; return the memory that keeping it takes. Pictures of another kept row are not read again."""
+        pictures = (item.image_root, item.record.images)
+        pixels = self._pictures.get(pictures)
+        if pixels is None:
+            encoded = self.processor.encode(item.conversation())
+            size = sum(value.nbytes for value in (encoded.input_ids, encoded.labels, encoded.pixel_values))
+            if size <= self._room and item.record.images:
+                self._pictures[pictures] = encoded.pixel_values
+            return encoded, size
+        unread = to_conversation(item.record, item.image_root, load=lambda _: _UNREAD)
+        tokens, labels = map(torch.tensor, self.processor.tokenize(unread))
+        return Encoded(tokens, labels, pixels), tokens.nbytes + labels.nbytes
 
     def _name(self, index: int) -> str:
         data_set, row = self.mixture.locate(index)
@@ -177,6 +194,72 @@ class MixtureDataset(Dataset):
                 _refuse(f"{self._name(index)}: {error}", self.on_error)
 
 
+class PictureGroups(Dataset):
+    """Rows of a data set in groups that ask about the same pictures, so that a step encodes these once.
+
+    The rows about a picture are dealt in a seeded order to as few groups as hold them, of equal size up to one.
+
+    Args:
+        dataset: of a mixture.
+        group_size: most rows of a group; 1 leaves the rows as they are.
+        seed: of the order.
+    """
+
+    def __init__(self, dataset: MixtureDataset, group_size: int = 1, seed: int = 42) -> None:
+        if group_size < 1:
+            raise UserError(f"group_size {group_size} is not a whole number from 1 on; 1 groups nothing")
+        self.dataset = dataset
+        self.mixture = dataset.mixture
+        parts = self.mixture.data_sets
+        self.data_sets = [_GroupedRows(part.name, _group_rows(part, group_size, seed)) for part in parts]
+        found = dict(zip((part.name for part in parts), self.data_sets, strict=True))
+        self._parts = [(found[part.name], len(part)) for part in self.mixture.parts]
+
+    @property
+    def sample_lengths(self) -> list[int]:
+        """Groups of every repeat of every data set, as :attr:`Mixture.sample_lengths` has the rows."""
+        return [len(part) for part, _ in self._parts]
+
+    @property
+    def quotas(self) -> list[int] | None:
+        """As of the mixture, but groups."""
+        if self.mixture.balance != "temperature":
+            return None
+        return temperature_quotas(self.sample_lengths, self.mixture.temperature)
+
+    def __len__(self) -> int:
+        return sum(self.sample_lengths)
+
+    def __getitem__(self, index: int) -> list[Encoded]:
+        first_group = first_row = 0
+        for part, row_count in self._parts:
+            if index < first_group + len(part):
+                return [self.dataset[first_row + int(row)] for row in part.groups[index - first_group]]
+            first_group, first_row = first_group + len(part), first_row + row_count
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class _GroupedRows:
+    """The rows of each group of one data set."""
+
+    name: str
+    groups: Any
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def _group_rows(part: DataSet, size: int, seed: int) -> Any:
+    """Return the rows of each group of a data set; a row without pictures is a group of its own."""
+    if size == 1:
+        return np.arange(len(part))[:, None]
+    rows: dict[tuple[str, ...] | int, list[int]] = {}
+    for row in np.random.default_rng(seed).permutation(len(part)).tolist():
+        rows.setdefault(part[row].images or row, []).append(row)
+    return [deal.tolist() for found in rows.values() for deal in np.array_split(found, -(-len(found) // size))]
+
+
 class StepBatches(Sampler[list[int]]):
     """Indices of one optimizer step after the other, over all passes of a training, in VILA's order.
 
@@ -185,8 +268,8 @@ class StepBatches(Sampler[list[int]]):
     its rank, and with any other number the steps stay the same, so that a training may go on with another number.
 
     Args:
-        mixture: whose rows.
-        step_size: rows of a step, of all processes together.
+        mixture: whose rows, or its groups of rows.
+        step_size: rows (or groups) of a step, of all processes together.
         passes: how often the mixture is gone through.
         seed: of the order.
         rank: of this process.
@@ -199,7 +282,7 @@ class StepBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: Mixture | PictureGroups,
         step_size: int,
         passes: int = 1,
         seed: int = 42,
@@ -292,17 +375,30 @@ class StepCollator:
     """Turns the items of a step into micro-batches of items of like length.
 
     Args:
-        micro_batch_size: conversations whose gradients are computed together, where they are not packed.
+        micro_batch_size: conversations whose gradients are computed together, where they are not packed; with
+            ``shares_pictures`` groups of them.
         pack_length: tokens of a row that holds several conversations and is a micro-batch of its own (a longer
             conversation has a row for itself); None gives each conversation a row, padded to the longest.
+        shares_pictures: whether conversations of a group share their pictures and what they begin with, in a row of
+            their own (see :func:`share_items`); ``pack_length`` is then not read.
     """
 
-    def __init__(self, micro_batch_size: int, pack_length: int | None = None) -> None:
+    def __init__(self, micro_batch_size: int, pack_length: int | None = None, shares_pictures: bool = False) -> None:
         self.micro_batch_size = micro_batch_size
         self.pack_length = pack_length
+        self.shares_pictures = shares_pictures
 
-    def __call__(self, items: Sequence[Encoded]) -> list[MicroBatch]:
-        """Return micro-batches as :func:`pad_items` or :func:`pack_items` make them."""
+    def __call__(self, groups: Sequence[Encoded | list[Encoded]]) -> list[MicroBatch]:
+        """Return micro-batches as :func:`pad_items`, :func:`pack_items` or :func:`share_items` make them."""
+        if self.shares_pictures:
+            rows = [SharedRow.of(group if isinstance(group, list) else [group]) for group in groups]
+            rows.sort(key=lambda row: len(row.input_ids))
+            size = self.micro_batch_size
+            return [share_items(rows[start : start + size]) for start in range(0, len(rows), size)]
+        items = [item for group in groups for item in (group if isinstance(group, list) else [group])]
+        return self._split(items)
+
+    def _split(self, items: Sequence[Encoded]) -> list[MicroBatch]:
         if self.pack_length is not None:
             rows = plan_rows([len(item.input_ids) for item in items], self.pack_length)
             return [pack_items([items[index] for index in row], self.pack_length) for row in rows]
@@ -343,13 +439,102 @@ def pack_items(items: Sequence[Encoded], width: int) -> MicroBatch:
     }
 
 
+@dataclass(frozen=True)
+class SharedRow:
+    """Conversations about the same pictures in one row, what they begin with standing there once.
+
+    With a beginning ``[b, b]`` and the rests ``[c, c, c]`` and ``[d]`` the row is ``[b, b, c, c, c, d]``, its positions
+    ``[0, 1, 2, 3, 4, 2]`` and its parts ``[0, 0, 1, 1, 1, 2]``: a token attends to those before it in its own part
+    and in part 0, so that each conversation is computed as it is alone.
+
+    Args:
+        input_ids: ``(L,)``.
+        labels: ``(L,)``.
+        position_ids: ``(L,)``.
+        parts: ``(L,)``.
+        pixel_values: ``(N, 3, S, S)``, the pictures of one conversation.
+        shown: which of the pictures stand in the row, in the order of their places.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    parts: torch.Tensor
+    pixel_values: torch.Tensor
+    shown: torch.Tensor
+
+    @classmethod
+    def of(cls, items: Sequence[Encoded]) -> SharedRow:
+        """Build the row of one or more conversations whose pictures are equal."""
+        pixels = items[0].pixel_values
+        start = _shared_start(items)
+        cuts = [item.input_ids[start:] for item in items]
+        positions = [torch.arange(start), *(torch.arange(start, start + len(cut)) for cut in cuts)]
+        lengths = torch.tensor([start, *map(len, cuts)])
+        places = max(1, int((items[0].input_ids == IMAGE_TOKEN_ID).sum()) // max(1, len(pixels)))
+        begun = int((items[0].input_ids[:start] == IMAGE_TOKEN_ID).sum()) // places
+        left = torch.arange(begun, len(pixels)).repeat(len(items))
+        return cls(
+            torch.cat([items[0].input_ids[:start], *cuts]),
+            torch.cat([items[0].labels[:start], *(item.labels[start:] for item in items)]),
+            torch.cat(positions),
+            torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+            pixels,
+            torch.cat([torch.arange(begun), left]),
+        )
+
+
+def _shared_start(items: Sequence[Encoded]) -> int:
+    """Return how many tokens conversations begin with in common, cut so that no picture is split.
+
+    The token before the first supervised one belongs to the rest, as it predicts that one.
+    """
+    if len(items) == 1:
+        return 0
+    first = items[0]
+    start = min(_unsupervised_start(item) for item in items)
+    for item in items[1:]:
+        differs = item.input_ids[:start] != first.input_ids[:start]
+        start = int(differs.int().argmax()) if differs.any() else start
+    while 0 < start < len(first.input_ids) and first.input_ids[start] == IMAGE_TOKEN_ID:
+        start -= 1
+    return start
+
+
+def _unsupervised_start(item: Encoded) -> int:
+    supervised = (item.labels != IGNORED_LABEL).nonzero()[:, 0]
+    return max(0, (int(supervised[0]) if len(supervised) else len(item.labels)) - 1)
+
+
+def share_items(rows: Sequence[SharedRow]) -> MicroBatch:
+    """Stack shared rows.
+
+    Returns:
+        ``input_ids``, ``labels``, ``position_ids`` ``(rows, L)``; ``attention_mask`` ``(rows, 1, L, L)`` bool;
+        ``pixel_values`` of all rows, each picture once; ``shown`` ``(places,)``: which of them stands at each place.
+    """
+    parts = pad_rows([row.parts for row in rows], -1)
+    before = torch.ones(parts.shape[1], parts.shape[1], dtype=torch.bool).tril()
+    attends = ((parts[:, :, None] == parts[:, None, :]) | (parts[:, None, :] == 0)) & before
+    counts = [len(row.pixel_values) for row in rows]
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    return {
+        "input_ids": pad_rows([row.input_ids for row in rows], 0),
+        "labels": pad_rows([row.labels for row in rows], IGNORED_LABEL),
+        "position_ids": pad_rows([row.position_ids for row in rows], 0),
+        "attention_mask": attends[:, None],
+        "pixel_values": torch.cat([row.pixel_values for row in rows]),
+        "shown": torch.cat([row.shown + start for row, start in zip(rows, starts, strict=False)]),
+    }
+
+
 def _without_first(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels.new_full((1,), IGNORED_LABEL), labels[1:]])
 
 
 def empty_micro_batch(like: MicroBatch) -> MicroBatch:
     """Return one token that is not supervised, for a process that has less to compute than the others."""
-    first = {name: value[:1, :1] for name, value in like.items() if name != "pixel_values"}
+    first = {name: value[:1, :1] for name, value in like.items() if value.ndim == 2}
     first["input_ids"] = torch.zeros_like(first["input_ids"])
     first["labels"] = torch.full_like(first["labels"], IGNORED_LABEL)
     first["position_ids"] = torch.zeros_like(first["position_ids"])

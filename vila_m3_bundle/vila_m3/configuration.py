@@ -8,10 +8,13 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from vila_m3_common.errors import UserError, check_choice
 
+from .conv_stem import ConvStemConfig
 from .intern_vit import InternVitConfig
 from .projector import token_count
 
-VISION_TYPES = ("siglip_vision_model", "clip_vision_model", InternVitConfig.model_type)
+VISION_TYPES = ("siglip_vision_model", "clip_vision_model", InternVitConfig.model_type, ConvStemConfig.model_type)
+# Towers without a class token.
+PATCH_ONLY = ("siglip_vision_model", ConvStemConfig.model_type)
 FEATURE_SELECTIONS = ("cls_patch", "patch")
 ASPECT_RATIOS = ("resize", "pad", "none")
 
@@ -20,6 +23,7 @@ IMAGE_TOKEN_ID = -200
 IGNORED_LABEL = -100
 
 AutoConfig.register(InternVitConfig.model_type, InternVitConfig, exist_ok=True)
+AutoConfig.register(ConvStemConfig.model_type, ConvStemConfig, exist_ok=True)
 
 
 class VilaM3Config(PretrainedConfig):
@@ -27,7 +31,8 @@ class VilaM3Config(PretrainedConfig):
 
     Args:
         text_config: of the Llama, as config or dict.
-        vision_config: of the vision tower (SigLIP, CLIP or InternViT), as config or dict with ``model_type``.
+        vision_config: of the vision tower (SigLIP, CLIP, InternViT, or SigLIP with a convolutional stem), as config or
+            dict with ``model_type``.
         projector_type: ``mlp_downsample``, ``linear``, ``mlp2x_gelu`` or ``mlp3x_gelu``.
         vision_feature_layer: index into the tower's hidden states (0 is the embeddings; no post-layernorm).
         vision_feature_select: ``cls_patch`` keeps all tokens, ``patch`` drops token 0, the class token.
@@ -82,7 +87,7 @@ class VilaM3Config(PretrainedConfig):
     def vision_token_count(self) -> int:
         """Tokens of one image that leave the vision tower, after the feature selection."""
         side = int(self.vision_config.image_size) // int(self.vision_config.patch_size)
-        has_class_token = self.vision_config.model_type != "siglip_vision_model"
+        has_class_token = self.vision_config.model_type not in PATCH_ONLY
         count = side * side + has_class_token
         return count - 1 if self.vision_feature_select == "patch" else count
 

@@ -21,6 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Vision tower -> mean, standard deviation, and whether its own default crops the centre of the shortest edge.
 TOWER_DEFAULTS = {
     "siglip_vision_model": (SIGLIP_MEAN, SIGLIP_STD, False),
+    "conv_stem_siglip": (SIGLIP_MEAN, SIGLIP_STD, False),
     "clip_vision_model": (CLIP_MEAN, CLIP_STD, True),
     "intern_vit_6b": (IMAGENET_MEAN, IMAGENET_STD, False),
 }

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration import IMAGE_TOKEN_ID, VilaM3Config
+from .conv_stem import ConvStemModel
 from .intern_vit import InternVitModel
 from .projector import MultimodalProjector
 from .tensor_files import Stored
@@ -31,6 +32,7 @@ VISION_TOWERS = {
     "siglip_vision_model": SiglipVisionModel,
     "clip_vision_model": CLIPVisionModel,
     "intern_vit_6b": InternVitModel,
+    "conv_stem_siglip": ConvStemModel,
 }
 
 

@@ -29,6 +29,8 @@ LLAMA_3_PIECES = (
 )
 
 
+# What benchmarks append to their questions (configs/benchmarks/slake.yaml).
+BENCHMARK_SUFFIX = "Answer with the option's letter from the given choices directly."
 FINDINGS = tuple(finding.lower().replace("_", " ") for finding in CXR_FINDINGS)
 
 
@@ -42,13 +44,18 @@ def compound_phrases() -> dict[str, tuple[str, str]]:
 def fixed_phrases(cards: str) -> list[str]:
     """Return what every conversation repeats, one token each: a conversation then has dozens of tokens, not hundreds.
 
-    System text, one line per card, structures (alone, and as a legend's ": liver"), findings (alone, and as a
-    prediction's "effusion: yes" line) and colours. Other text, such as the card of a new expert, is tokenized
-    in ordinary pieces.
+    System text, the suffix of benchmarks, one line per card, structures (alone, and as a legend's ": liver"), findings
+    (alone, and as a prediction's "effusion: yes" line) and colours. Other text, such as the card of a new expert, is
+    tokenized in ordinary pieces.
     """
     system = TEMPLATES["llama_3"].system.split("<|end_header_id|>\n\n")[1].removesuffix("<|eot_id|>")
     lines = [line for line in cards.split("\n") if line]
-    return [system, *lines, *dict.fromkeys([*NAMES.values(), *FINDINGS, *compound_phrases(), *COLOR_CYCLE])]
+    return [
+        system,
+        BENCHMARK_SUFFIX,
+        *lines,
+        *dict.fromkeys([*NAMES.values(), *FINDINGS, *compound_phrases(), *COLOR_CYCLE]),
+    ]
 
 
 def relate_phrases(embeddings: torch.nn.Module, tokenizer: Tokenizer) -> None:

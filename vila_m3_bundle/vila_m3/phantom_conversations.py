@@ -25,6 +25,7 @@ SINGLE_MRI_REPLY = (
     "VISTA3D needs a CT, BRATS needs T1c, T1, T2 and FLAIR."
 )
 UNKNOWN_REPLY = "The modality of this image is not known, so no expert was triggered."
+FOREIGN_REPLY = "This question does not fit this image, so no expert was triggered."
 MODALITY_REPLIES = {"CT": "This is a CT image.", "MRI": "This is a brain MRI scan.", "CXR": "This is a chest x-ray."}
 GRADE_REPLY = "The grade cannot be told from this result."
 _ERROR_REASONS = (

@@ -13,6 +13,9 @@ from zlib import crc32
 
 # One question in ten is kept out of training, chosen by its text, to measure unseen wordings.
 HELD_OUT_SHARE = 0.1
+_BRAIN_WORDS = ("brain", "glioma", "cerebral", "intracranial")
+# Findings that no expert looks for on a CT.
+_FILM_FINDINGS = ("Edema", "Emphysema", "Fibrosis", "Pneumonia", "Pneumothorax", "Effusion", "Atelectasis")
 
 
 @dataclass(frozen=True)
@@ -103,3 +106,34 @@ def cxr_finding(rng: random.Random, asked: Sequence[str] | None = None) -> Quest
 def from_table(name: str, kind: str) -> Any:
     """Return a maker that draws from a plain list of wordings."""
     return lambda rng: Question(rng.choice(tables()[name]), kind)
+
+
+def foreign_questions(rng: random.Random, held_out: bool) -> dict[str, str]:
+    """Return, for a radiograph, a CT and a brain MRI, a question that only an expert of another modality could answer.
+
+    Args:
+        rng: draws them.
+        held_out: whether in wordings that training never sees.
+    """
+    brain = [text for text in tables()["mri_tumor"] if any(word in text.lower() for word in _BRAIN_WORDS)]
+    brain = [text for text in brain if held_out or not is_held_out(text)]
+
+    def on_brain() -> str:
+        return rng.choice(brain)
+
+    def on_belly() -> str:
+        return _belly_question(rng, held_out)
+
+    def on_film() -> str:
+        return draw(lambda generator: cxr_finding(generator, _FILM_FINDINGS), rng, held_out).text
+
+    chosen = [rng.choice(makers) for makers in ((on_brain, on_belly), (on_brain, on_film), (on_belly, on_film))]
+    return {modality: make() for modality, make in zip(("CXR", "CT", "MRI"), chosen, strict=True)}
+
+
+def _belly_question(rng: random.Random, held_out: bool) -> str:
+    for _ in range(500):
+        question = draw(rng.choice((ct_tumor, ct_segment)), rng, held_out)
+        if question.argument in ("hepatic tumor", "pancreatic tumor"):
+            return question.text
+    raise RuntimeError("no question about liver or pancreas was drawn")

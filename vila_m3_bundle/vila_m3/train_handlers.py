@@ -246,7 +246,8 @@ class BestCheckpoint:
         processor: its processor.
         folder: the released layout; ``one_folder`` below it has the other, which ``transformers`` reads too. It is
             replaced in one step, so that a kill or a full disk leaves the one before.
-        metric: key of ``engine.state.metrics``; larger is better, unless it is a loss.
+        metric: key of ``engine.state.metrics``; larger is better, unless it is a loss. ``last`` writes at every
+            validation, for a training whose schedule makes its end the best.
         dtype: of the written tensors.
         facts: the configuration, for the card.
         data: name -> conversations, which the card describes with the hashes of their files.
@@ -287,7 +288,7 @@ class BestCheckpoint:
         Raises:
             UserError: if there is no such metric, or the folder cannot be written.
         """
-        metrics = engine.state.metrics
+        metrics = {**engine.state.metrics, "last": engine.state.iteration}
         if self.metric not in metrics:
             raise UserError(f"no metric {self.metric!r} to choose the best by; there are {', '.join(metrics)}")
         value = float(metrics[self.metric]) * (-1 if self.metric.endswith("loss") else 1)

@@ -28,6 +28,7 @@ from vila_m3_common.errors import UserError, check_choice
 from vila_m3_common.training import process_rank
 
 from .adapters import attach_adapter
+from .augmentation import Augmentation
 from .batches import MicroBatch, check_policy, empty_micro_batch
 from .checkpoint import DTYPES, PARTS
 from .configuration import IGNORED_LABEL
@@ -156,9 +157,21 @@ class SupervisedLoss(nn.Module):
         position_ids: torch.Tensor,
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        shown: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the summed loss of a micro-batch (see :mod:`vila_m3.batches` for the shapes)."""
         targets = labels[:, 1:]
+        if shown is not None:
+            states = self.model.llm.model(
+                inputs_embeds=self._embed(input_ids, pixel_values, shown),
+                attention_mask=self._in_parts(attention_mask),
+                position_ids=position_ids,
+                use_cache=False,
+            ).last_hidden_state
+            # Rows of many short answers are supervised at few places, but somewhere in nearly every column.
+            kept = targets != IGNORED_LABEL
+            logits = self.model.llm.lm_head(states[:, :-1][kept])
+            return nn.functional.cross_entropy(logits.float(), targets[kept], reduction="sum")
         columns = (targets != IGNORED_LABEL).any(dim=0).nonzero()[:, 0]
         if not len(columns):
             columns = columns.new_zeros(1)
@@ -180,9 +193,19 @@ class SupervisedLoss(nn.Module):
         # A mask of four axes is handed on as it is, so that none is computed from the positions.
         return {"attention_mask": position_ids.new_zeros(1, 1, 1, 1), "spans": spans_of(position_ids)}
 
-    def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _in_parts(self, attends: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the mask of shared rows as the attention reads it: bool, or to be added where it is no ``sdpa``."""
+        if attends is None or self.attends_in_spans:
+            return attends
+        lowest = torch.finfo(self.model.dtype).min
+        return torch.zeros_like(attends, dtype=self.model.dtype).masked_fill(~attends, lowest)
+
+    def _embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor, shown: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if len(pixel_values):
-            return self.model.embed(input_ids, self.model.encode_images(pixel_values))
+            features = self.model.encode_images(pixel_values)
+            return self.model.embed(input_ids, features if shown is None else features[shown])
         embeddings = self.model.embed(input_ids)
         if not self.always_sees:
             return embeddings
@@ -388,6 +411,7 @@ class StageTrainer(Trainer):
         max_grad_norm: gradients are scaled down to this norm; None does not.
         average: a moving average to keep up.
         on_nan: ``stop`` at a loss or gradient that is not finite, or ``skip`` the step.
+        augmentation: varies the pictures that are learnt from.
         train_handlers: attached in their order.
 
     Raises:
@@ -406,8 +430,10 @@ class StageTrainer(Trainer):
         max_grad_norm: float | None = 1.0,
         average: WeightAverage | None = None,
         on_nan: str = "stop",
+        augmentation: Augmentation | None = None,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
+        self.augmentation = augmentation
         self.network = network
         self.optimizer = optimizer
         self.average = average or WeightAverage(network, None)
@@ -455,6 +481,9 @@ class StageTrainer(Trainer):
         total = 0.0
         device = torch.device(self.state.device)
         for index, micro in enumerate(micros):
+            if self.augmentation is not None:
+                pixels = self.augmentation(micro["pixel_values"], self.state.iteration, index)
+                micro = {**micro, "pixel_values": pixels}
             moved = {name: value.to(device, non_blocking=True) for name, value in micro.items()}
             with self._synchronized(index == len(micros) - 1):
                 with torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32):

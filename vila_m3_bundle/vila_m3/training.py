@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.inferers import Inferer
+from tokenizers import Tokenizer
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -85,14 +86,24 @@ def start_tokenizer(
     if maker is None:
         raise UserError(
             "there is no model to start from; give --start_checkpoint the folder of a checkpoint or of the stage "
-            f"before, or put a new model's tokenizer.json into {ckpt_dir}"
+            "before, or make one with configs/new_model.json"
         )
     texts = (render(maker(seed).conversation, get_template(template)).text for seed in range(3000))
-    tokenizer = train_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
-    if tokenizer.get_vocab_size() > vocabulary_size:
-        raise UserError(f"the tokenizer needs {tokenizer.get_vocab_size()} tokens, the model has {vocabulary_size}")
+    tokenizer = fit_tokenizer((text.replace(maker.cards, "") for text in texts), maker.cards, vocabulary_size)
     wrap_tokenizer(tokenizer).save_pretrained(ckpt_dir)
     return load_tokenizer(ckpt_dir)
+
+
+def fit_tokenizer(texts: Iterable[str], cards: str, vocabulary_size: int) -> Tokenizer:
+    """Train a small tokenizer (see :func:`vila_m3.nano_tokenizer.train_tokenizer`).
+
+    Raises:
+        UserError: if its phrases alone need more tokens.
+    """
+    tokenizer = train_tokenizer(texts, cards, vocabulary_size)
+    if tokenizer.get_vocab_size() > vocabulary_size:
+        raise UserError(f"the tokenizer needs {tokenizer.get_vocab_size()} tokens, the model has {vocabulary_size}")
+    return tokenizer
 
 
 def make_processor(tokenizer: PreTrainedTokenizerBase, model: VilaM3ForConditionalGeneration) -> VilaM3Processor:

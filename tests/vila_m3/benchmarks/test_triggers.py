@@ -85,7 +85,7 @@ def test_no_wording_of_training_is_asked(questions: list[Question], cards: str) 
         assert question.record is not None
         asked = [message.text for message in question.record.messages if message.role == "user"]
         last = asked[-1] if len(asked) > 1 else asked[0].removeprefix(cards).partition("\n")[2]
-        assert question.record.metadata["kind"] == "far wordings" or is_held_out(last), last
+        assert is_held_out(last), last
 
 
 def test_a_table_without_a_kept_wording_gives_no_case(cards: str) -> None:
@@ -93,7 +93,6 @@ def test_a_table_without_a_kept_wording_gives_no_case(cards: str) -> None:
         turns = Conversation()
         turns.add("user", opening("CT", text, cards), [np.zeros((4, 4, 3), np.uint8)])
         assert not trigger_cases.is_unseen(trigger_cases.Case(turns, "", "tables", "CT", "p"), cards)
-        assert trigger_cases.is_unseen(trigger_cases.Case(turns, "", "far wordings", "CT", "p"), cards)
 
 
 def test_decoys_and_unread_images_want_nobody(questions: list[Question]) -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from vila_m3.benchmarks.definition import Question, load_benchmark, prompt_of
 from vila_m3.data.checks import RowChecks
 from vila_m3.data.prepare import prepare
 from vila_m3.data.record import parse_row
 from vila_m3.data.source import Item, Located
+from vila_m3.data.sources.finding_labels import read_finding_labels
 from vila_m3.data.sources.slake import read_slake
 from vila_m3.data.sources.vqa_rad import ORGAN_QUESTIONS, read_vqa_rad
+from vila_m3.nano_tokenizer import BENCHMARK_SUFFIX
+from vila_m3_common.prompts import finding_turns
 
 
 @pytest.fixture(scope="session")
@@ -98,3 +102,47 @@ def test_real_files_pass_every_check_and_keep_what_graders_need(shared: Path, tm
     assert {"qid", "language", "modality", "content_type", "question"} <= records[0].metadata.keys()
     digest = hashlib.sha256((tmp_path / "slake_test.jsonl").read_bytes()).hexdigest()
     assert first["files"] == [{"file": "slake_test.jsonl", "rows": 1061, "sha256": digest}]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("slake", lambda data, suffix: read_slake(data / "vqa/slake", "test", image_first=True, suffix=suffix)),
+        ("vqa_rad", lambda data, suffix: read_vqa_rad(data / "vqa/vqa_rad", "test", image_first=True, suffix=suffix)),
+    ],
+)
+def test_questions_can_be_put_as_the_benchmark_puts_them(shared: Path, repository: Path, name: str, rows: Any) -> None:
+    benchmark = load_benchmark(name, repository / "vila_m3_bundle/configs/benchmarks")
+    found = [item.record for item in rows(shared / "data", BENCHMARK_SUFFIX) if isinstance(item, Located)]
+    assert benchmark.suffix == BENCHMARK_SUFFIX
+    for record in found:
+        question = Question(record.id, record.metadata["question"], "", record.images[0], "", "")
+        assert record.messages[0].text == prompt_of(benchmark, question)
+
+
+def test_findings_can_be_asked_for_as_the_benchmark_does(shared: Path) -> None:
+    findings = {name: name for name in ("Effusion", "Cardiomegaly")}
+    found = read_finding_labels(
+        *(shared / "data/cxr/nih_256", "train", "labels.csv", findings),
+        listed="Finding Labels",
+        held_out_share=0.2,
+        prompt="binary",
+    )
+    (text,) = finding_turns("binary", list(findings), "Effusion")
+    records = [item.record for item in found if isinstance(item, Located)]
+    assert records[0].messages[0].text == text
+    assert records[0].messages[1].text in ("yes", "no")
+
+
+def test_a_share_of_the_questions_has_the_suffix(shared: Path) -> None:
+    rows = read_slake(shared / "data/vqa/slake", "validate", suffix="Reply briefly.", suffix_share=0.7)
+    has = ["Reply briefly." in item.record.messages[0].text for item in rows if isinstance(item, Located)]
+    assert 0.6 < sum(has) / len(has) < 0.8
+
+
+def test_a_trial_takes_the_first_rows(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data/vqa/slake"
+    checks = RowChecks(source / "imgs")
+    for limit in (5, 7):
+        summary = prepare(read_slake(source, "train"), "slake", "train", tmp_path, checks, row_limit=limit)
+        assert summary["written"] == limit

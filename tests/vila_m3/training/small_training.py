@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vila_m3.batches import MixtureDataset, StepBatches, StepCollator, make_loader, open_mixture
+from vila_m3.batches import MixtureDataset, PictureGroups, StepBatches, StepCollator, make_loader, open_mixture
 from vila_m3.data.record import Message, Record, format_row
 from vila_m3.model import VilaM3ForConditionalGeneration
 from vila_m3.phantom_conversations import ConversationMaker
@@ -101,13 +101,15 @@ def start(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, tmp_pa
         state: dict[str, Any] | None = None,
         learning_rate: float = 1e-3,
         data: MixtureDataset | None = None,
+        group_size: int | None = None,
         **keywords: Any,
     ) -> StageTrainer:
         torch.manual_seed(0)
         model.load_state_dict(first)
         network = learner(train_parts(model, parts))
         items = data or dataset
-        sampler = StepBatches(items.mixture, step_size, epochs)
+        groups = PictureGroups(items, group_size or 1)
+        sampler = StepBatches(groups, step_size, epochs)
         optimizer = torch.optim.AdamW(trained_parameters(network), lr=learning_rate, weight_decay=0.0)
         scheduler = cosine_schedule(optimizer, len(sampler))
         average = WeightAverage(network)
@@ -119,7 +121,7 @@ def start(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, tmp_pa
         return StageTrainer(
             "cpu",
             epochs,
-            make_loader(items, sampler, StepCollator(micro_batch_size, pack_length)),
+            make_loader(groups, sampler, StepCollator(micro_batch_size, pack_length, group_size is not None)),
             network,
             optimizer,
             epoch_length=sampler.steps_per_pass,

@@ -4,7 +4,7 @@ A case is a conversation up to an assistant turn, with the calls that this turn 
 
 ``tables``       first questions in the wordings that training keeps apart (one in ten of its tables),
 ``later turns``  turns after an expert's feedback, and further questions of the same conversation,
-``far wordings`` wordings of other tables than those of training (``data/questions``),
+``far wordings`` wordings that training keeps apart of other tables (``data/questions``, of expert conversations),
 ``real films``   questions about NIH films,
 ``no expert``    a single MRI sequence or an image of unknown modality: nobody may be called,
 ``decoys``       questions that belong to another modality: nobody may be called.
@@ -33,18 +33,15 @@ from vila_m3_common.trigger import parse_triggers
 from vila_m3_common.volumes import load_picture
 
 from ..answer import digest_of
-from ..data.experts.wording import frames, wordings
+from ..data.experts.wording import frames, pick, wordings
 from ..data.record import Message, Record, format_row
 from ..phantom_conversations import ConversationMaker, PhantomPool, Sample, build_pool
-from ..questions import ct_segment, ct_tumor, cxr_finding, draw, from_table, is_held_out, tables
+from ..questions import cxr_finding, draw, foreign_questions, from_table, is_held_out, tables
 from ..resumable_files import write_atomically
 from .nih import held_out_films
 
 # First questions per phantom and modality. ``single MRI`` and ``unknown`` are the images that no expert reads.
 QUOTAS = {"CT": 4, "MRI": 3, "CXR": 4, "single MRI": 1, "unknown": 1}
-_BRAIN_WORDS = ("brain", "glioma", "cerebral", "intracranial")
-# Findings that no expert looks for on a CT.
-_FILM_FINDINGS = ("Edema", "Emphysema", "Fibrosis", "Pneumonia", "Pneumothorax", "Effusion", "Atelectasis")
 
 
 @dataclass(frozen=True)
@@ -94,17 +91,17 @@ def _cut(sample: Sample, place: int, kind: str, patient: str) -> Case:
 
 
 def far_cases(pool: PhantomPool, cards: str, seed: int, rng: random.Random) -> Iterator[Case]:
-    """Yield questions in wordings of tables that training does not use, one for each kind of them."""
+    """Yield questions in wordings that expert conversations are made of and that training keeps apart, one a kind."""
     group = rng.choice(sorted(frames()["groups"]))
     finding = rng.choice(sorted(tables()["cxr_findings"]))
-    noun = rng.choice(tables()["cxr_findings"][finding])
+    nouns = tables()["cxr_findings"][finding]
     asked = [
-        ("CT", rng.choice(wordings("describe")), "everything"),
-        ("CT", rng.choice(wordings("group", [frames()["groups"][group]])), group),
-        ("MRI", rng.choice(wordings("brain_segment")), ""),
-        ("MRI", rng.choice(wordings("grade")), ""),
-        ("CXR", rng.choice(wordings("multilabel")), ""),
-        ("CXR", rng.choice(wordings("binary", [noun])), ""),
+        ("CT", pick(wordings("describe"), rng, True), "everything"),
+        ("CT", pick(wordings("group", [frames()["groups"][group]]), rng, True), group),
+        ("MRI", pick(wordings("brain_segment"), rng, True), ""),
+        ("MRI", pick(wordings("grade"), rng, True), ""),
+        ("CXR", pick(wordings("multilabel"), rng, True), ""),
+        ("CXR", pick(wordings("binary", nouns), rng, True), ""),
     ]
     for modality, question, argument in asked:
         turns = _opening(modality, question, _images(pool, modality, rng), cards)
@@ -114,25 +111,9 @@ def far_cases(pool: PhantomPool, cards: str, seed: int, rng: random.Random) -> I
 
 def decoy_cases(pool: PhantomPool, cards: str, seed: int, rng: random.Random) -> Iterator[Case]:
     """Yield a question of another modality for each kind of image."""
-    brain = [text for text in tables()["mri_tumor"] if any(word in text.lower() for word in _BRAIN_WORDS)]
-    on_film = rng.choice((lambda: rng.choice(brain), lambda: _belly_question(rng)))
-    on_ct = rng.choice((lambda: rng.choice(brain), lambda: draw(_film_question, rng, True).text))
-    on_mri = rng.choice((lambda: _belly_question(rng), lambda: draw(_film_question, rng, True).text))
-    for modality, question in (("CXR", on_film()), ("CT", on_ct()), ("MRI", on_mri())):
+    for modality, question in foreign_questions(rng, True).items():
         turns = _opening(modality, question, _images(pool, modality, rng), cards)
         yield Case(turns, "", "decoys", modality, f"{modality} phantom {seed}")
-
-
-def _film_question(rng: random.Random) -> object:
-    return cxr_finding(rng, _FILM_FINDINGS)
-
-
-def _belly_question(rng: random.Random) -> str:
-    for _ in range(500):
-        question = draw(rng.choice((ct_tumor, ct_segment)), rng, True)
-        if question.argument in ("hepatic tumor", "pancreatic tumor"):
-            return question.text
-    raise RuntimeError("no question about liver or pancreas was drawn")
 
 
 def _images(pool: PhantomPool, modality: str, rng: random.Random) -> list[np.ndarray]:
@@ -171,7 +152,7 @@ def is_unseen(case: Case, cards: str) -> bool:
     text = case.turns.turns[place].text
     if not place:
         text = text.removeprefix(cards).partition("\n")[2]
-    return case.kind == "far wordings" or is_held_out(text)
+    return is_held_out(text)
 
 
 def to_record(case: Case, name: str, folder: Path) -> Record:

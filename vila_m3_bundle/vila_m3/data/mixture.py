@@ -187,8 +187,8 @@ class Mixture(Dataset):
             raise UserError(f"the mixture has no rows below {root}; prepare its data sets first")
         self.balance = balance
         self.temperature = temperature
-        self._parts = [data_set for data_set in self.data_sets for _ in range(self.repeats_of(data_set))]
-        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self.parts = [data_set for data_set in self.data_sets for _ in range(self.repeats_of(data_set))]
+        self._starts = np.cumsum([0, *map(len, self.parts)])
 
     def _has_files(self, entry: Mapping[str, Any]) -> bool:
         files = entry.get("files") or []
@@ -201,7 +201,7 @@ class Mixture(Dataset):
     @property
     def sample_lengths(self) -> list[int]:
         """Rows of every repeat of every data set, in the order of the indices; what the sampler reads."""
-        return [len(part) for part in self._parts]
+        return [len(part) for part in self.parts]
 
     @property
     def quotas(self) -> list[int] | None:
@@ -218,7 +218,7 @@ class Mixture(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._parts[number], index - int(self._starts[number])
+        return self.parts[number], index - int(self._starts[number])
 
     def __getitem__(self, index: int) -> MixtureItem:
         data_set, row = self.locate(index)

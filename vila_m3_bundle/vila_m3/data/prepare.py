@@ -158,6 +158,7 @@ def prepare(
     rows_per_shard: int | None = None,
     save_every: int = 20_000,
     workers: int = 1,
+    row_limit: int | None = None,
 ) -> dict[str, Any]:
     """Write ``<dataset>_<split>.jsonl``, the rejected rows, and ``<dataset>_<split>.summary.json``.
 
@@ -176,6 +177,7 @@ def prepare(
         rows_per_shard: when given, the files are ``<dataset>_<split>-00000.jsonl`` and so on.
         save_every: rows between two savings of the progress.
         workers: processes that convert the rows; with 1, this one does.
+        row_limit: take so many rows of the source and no more, for a trial.
 
     Returns:
         The summary.
@@ -190,11 +192,11 @@ def prepare(
         )
     if rows_per_shard is not None and rows_per_shard < 1:
         raise UserError(f"rows_per_shard is {rows_per_shard}; give a positive number or null for one file")
-    items = iter(rows)
+    items = islice(rows, row_limit)
     first = list(islice(items, 1))  # the source's own errors come before anything is written
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = _describe(source, dict(options or {}), checks, rows_per_shard)
+    settings = _describe(source, {**(options or {}), "row_limit": row_limit}, checks, rows_per_shard)
     writer = _Writer(folder, name, settings, rows_per_shard)
     _write_rows(writer, chain(first, items), checks, save_every, workers)
     shards, rejected = writer.finish()

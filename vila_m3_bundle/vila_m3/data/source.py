@@ -208,16 +208,23 @@ def get_text(row: Any, name: str, default: str | None = None) -> str:
     return str(value)
 
 
-def ask(question: str, answer: str, image_first: bool | None) -> tuple[Message, Message]:
-    """Return a question and its answer; ``image_first`` is None for a question without an image.
+def ask(question: str, answer: str, image_first: bool | None, suffix: str = "") -> tuple[Message, Message]:
+    """Return a question and its answer.
 
     ``<image>`` within the question is refused: it would claim an image that is not there.
+
+    Args:
+        question: the user's question.
+        answer: the assistant's answer.
+        image_first: whether the image stands before the question or behind it; None for a question without one.
+        suffix: sentence behind the question, on a line of its own, as benchmarks append one.
 
     Raises:
         RowProblem: if the question holds the placeholder.
     """
     if IMAGE_TOKEN in question or IMAGE_TOKEN in answer:
         raise RowProblem(f"the text holds {IMAGE_TOKEN}, which only stands for an image")
+    question = f"{question}\n{suffix}" if suffix else question
     if image_first is not None:
         question = f"{IMAGE_TOKEN}\n{question}" if image_first else f"{question}\n{IMAGE_TOKEN}"
     return Message("user", question), Message("assistant", answer)

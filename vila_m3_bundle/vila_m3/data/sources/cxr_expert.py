@@ -31,7 +31,7 @@ def read_with_predictions(
         UserError: if there are no such files.
     """
     folder, saved = check_folder(source), check_folder(predictions)
-    for file in _find_files(folder, f"{input_name}_{split}"):
+    for file in find_files(folder, f"{input_name}_{split}"):
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -39,7 +39,12 @@ def read_with_predictions(
                     yield Pending(number, convert, file.name)
 
 
-def _find_files(folder: Path, name: str) -> list[Path]:
+def find_files(folder: Path, name: str) -> list[Path]:
+    """Return the file of a prepared data set, or its shards.
+
+    Raises:
+        UserError: if there are none.
+    """
     whole = folder / f"{name}.jsonl"
     files = [whole] if whole.is_file() else sorted(folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9].jsonl"))
     if not files:

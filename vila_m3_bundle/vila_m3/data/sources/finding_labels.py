@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vila_m3_common.errors import check_choice
 from vila_m3_common.patients import is_held_out
-from vila_m3_common.prompts import WHICH_FINDINGS, is_there
+from vila_m3_common.prompts import WHICH_FINDINGS, finding_turns, is_there
 
-from ..record import Record
+from ..record import Message, Record
 from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, find_file, read_csv_rows
 
 FORMS = ("binary", "multi_choice")
@@ -32,6 +33,7 @@ def read_finding_labels(
     listed: str = "",
     held_out_share: float | None = None,
     dataset: str = "finding_labels",
+    prompt: str = "",
 ) -> Iterator[Item]:
     """Yield whether each finding is present, image by image in the order of the file.
 
@@ -51,12 +53,15 @@ def read_finding_labels(
         held_out_share: share of the patients in test, chosen by the checksum of their id, so that a patient stays where
             it is when others are added; the chest X-ray expert splits so too.
         dataset: for the metadata.
+        prompt: words the questions as benchmarks do, ``binary`` or ``multi_choice`` (equal to ``form``); empty asks the
+            bare question.
 
     Raises:
         UserError: for an unknown split or form, or a missing file or column.
     """
     check_choice(split, SPLITS, "split")
     check_choice(form, FORMS, "form")
+    check_choice(prompt, ("", *FORMS), "prompt")
     path = find_file(check_folder(source), file)
     columns = [image, patient, *([listed] if listed else findings.values()), *([split_column] if split_column else [])]
     for number, row in read_csv_rows(path, columns):
@@ -76,7 +81,15 @@ def read_finding_labels(
             continue
         metadata = {"dataset": dataset, "split": split, "patient": owner, "answer_type": "CLOSED"}
         for record in _ask(row[image] + image_ending, present, form, metadata):
-            yield Located(number, record, path.name)
+            yield Located(number, _word(record, prompt), path.name)
+
+
+def _word(record: Record, prompt: str) -> Record:
+    """Put a question into the form in which a benchmark asks it."""
+    if not prompt:
+        return record
+    (text,) = finding_turns(prompt, record.metadata["findings"], record.metadata.get("finding", ""))
+    return replace(record, messages=(Message("user", text), *record.messages[1:]))
 
 
 def _find_patient(text: str, pattern: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vila_m3_common.errors import check_choice
 
-from ..record import Record
+from ..record import Message, Record
 from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, find_file, get_text, read_json_list
 
 FILE_NAME = "VQA_RAD_Dataset_Public.json"
@@ -27,7 +27,14 @@ ORGAN_QUESTIONS = (
 
 
 def read_vqa_rad(
-    source: str | Path, split: str, questions: str = "published", organ_questions: bool = True, seed: int = 0
+    source: str | Path,
+    split: str,
+    questions: str = "published",
+    organ_questions: bool = True,
+    seed: int = 0,
+    image_first: bool = False,
+    suffix: str = "",
+    suffix_share: float = 1.0,
 ) -> Iterator[Item]:
     """Yield the questions of a split in the order of the release.
 
@@ -38,6 +45,9 @@ def read_vqa_rad(
             rephrasings) and the original's training set; ``all`` gives each row once as it is: 451 in test.
         organ_questions: whether every training row also asks for the organ, as in the original (``published`` only).
         seed: of the wording of the organ questions.
+        image_first: whether the image stands before the question; behind it, as in the original.
+        suffix: sentence behind questions, as benchmarks append one.
+        suffix_share: share of the rows that have it, drawn.
 
     Raises:
         UserError: for an unknown split or choice of questions, or a folder without the file.
@@ -46,6 +56,7 @@ def read_vqa_rad(
     check_choice(questions, QUESTIONS, "choice of questions")
     file = find_file(check_folder(source), FILE_NAME)
     generator, position = random.Random(seed), 0
+    coin = random.Random(f"suffix/{seed}")
     for row_number, row in enumerate(read_json_list(file), start=1):
         try:
             if not _is_selected(row, split, questions):
@@ -53,7 +64,8 @@ def read_vqa_rad(
             organ = generator.choice(ORGAN_QUESTIONS) if split == "train" and organ_questions else ""
             for kind, question, answer in _list_questions(row, questions, organ):
                 position += 1
-                record = _convert(row, str(position), split, kind, question, answer)
+                messages = ask(question, answer, image_first, suffix if coin.random() < suffix_share else "")
+                record = _convert(row, str(position), split, kind, question, messages)
                 yield Located(row_number, record, file.name)
         except RowProblem as problem:
             yield Rejected(row_number, str(problem), file.name)
@@ -78,7 +90,9 @@ def _list_questions(row: Mapping[str, Any], questions: str, organ: str) -> Itera
         yield "rephrase", get_text(row, "question_rephrase"), answer
 
 
-def _convert(row: Mapping[str, Any], name: str, split: str, kind: str, question: str, answer: str) -> Record:
+def _convert(
+    row: Mapping[str, Any], name: str, split: str, kind: str, question: str, messages: tuple[Message, Message]
+) -> Record:
     metadata = {
         "dataset": "vqa_rad",
         "split": split,
@@ -94,4 +108,4 @@ def _convert(row: Mapping[str, Any], name: str, split: str, kind: str, question:
         "question": question,
         "base_question": get_text(row, "question"),
     }
-    return Record(name, ask(question, answer, image_first=False), (get_text(row, "image_name"),), metadata)
+    return Record(name, messages, (get_text(row, "image_name"),), metadata)
