@@ -33,6 +33,16 @@ def is_main_process() -> bool:
     return process_rank() == 0
 
 
+def gather_rows(rows: list[Any]) -> list[Any]:
+    """Return the rows of all processes, rank by rank; those of this one where there is no other."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts: list[list[Any]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
 def bfloat16(device: torch.device, enabled: bool = True) -> AbstractContextManager:
     """Return a context in which ``device``, the CPU too, computes in bfloat16 where that is sound."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -17,7 +17,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.standalone import make_output_dir
-from vila_m3_common.training import is_main_process
+from vila_m3_common.training import gather_rows, is_main_process
 
 from .labels import REGIONS
 
@@ -51,7 +51,7 @@ class RegionReport:
             self.cases.append(measure_case(item["pred"], item["label"], self.with_hd95))
 
     def _write(self, _engine: Engine) -> None:
-        cases = gather_cases(self.cases)
+        cases = sorted(gather_rows(self.cases), key=lambda case: case["case"])
         if not is_main_process():
             return
         report = {**summarize(cases), "cases": cases}
@@ -59,16 +59,6 @@ class RegionReport:
         path.write_text(json.dumps(report, indent=2))
         print(json.dumps({key: value for key, value in report.items() if key != "cases"}, indent=2))
         print(f"written to {path}")
-
-
-def gather_cases(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the cases of all processes by name, those of this one when there is no other."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return cases
-    parts: list[list[dict[str, Any]]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(parts, cases)
-    return sorted((case for part in parts for case in part), key=lambda case: case["case"])
 
 
 def measure_case(prediction: MetaTensor, truth: MetaTensor, with_hd95: bool = True) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -18,6 +19,7 @@ from sklearn.metrics import brier_score_loss
 
 from vila_m3_common.errors import exits_with_message
 from vila_m3_common.prompts import CXR_FINDINGS
+from vila_m3_common.training import is_main_process
 
 from .calibration import Calibration, expected_calibration_error
 from .network import CxrEnsemble
@@ -162,7 +164,8 @@ class FindingMetrics(Metric):
     Afterwards the full table stands in ``report``, and ``scores`` and ``labels``, ``(N, 18)``, and ``groups`` hold
     what it was made of.
 
-    In a training with several processes each sees a part of the images, and all of them return the figure of the whole.
+    Of several processes each sees the images that an unshuffled ``DistributedSampler`` deals out to it, and all of them
+    return the figure of the whole.
 
     Args:
         min_positives: findings with fewer positives do not enter the mean.
@@ -210,10 +213,8 @@ class FindingMetrics(Metric):
 
     def compute(self) -> float:
         """Return the mean AUROC and fill ``report``."""
-        scores = evenly_divisible_all_gather(torch.stack(self._scores)).cpu().numpy()
-        labels = evenly_divisible_all_gather(torch.stack(self._labels)).cpu().numpy()
-        self.scores, self.labels = scores.astype(np.float64), labels.astype(np.float64)
-        items = self.items if self.items is not None else [{}] * len(scores)
+        self.scores, self.labels = _in_order(self._scores), _in_order(self._labels)
+        items = self.items if self.items is not None else [{}] * len(self.scores)
         self.groups = [str(item.get("patient", index)) for index, item in enumerate(items)]
         self.report = self._report(self.scores, self.labels, self.groups)
         mean = self.report["mean_auroc"]
@@ -244,6 +245,14 @@ class FindingMetrics(Metric):
         }
 
 
+def _in_order(rows: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return the ``(18,)`` rows of all processes as ``(N, 18)`` float64, in the order of the items."""
+    gathered = evenly_divisible_all_gather(torch.stack(list(rows))).cpu().numpy().astype(np.float64)
+    count, world_size = len(gathered), idist.get_world_size()
+    dealt = np.concatenate([np.arange(rank, count, world_size) for rank in range(world_size)])
+    return gathered[np.argsort(dealt)]
+
+
 def add_calibration_errors(table: Table, probabilities: np.ndarray, labels: np.ndarray) -> None:
     """Add ``brier`` and ``ece`` (10 bins) to a table's rows, from ``(N, 18)`` probabilities."""
     for index, finding in enumerate(CXR_FINDINGS):
@@ -256,7 +265,10 @@ def add_calibration_errors(table: Table, probabilities: np.ndarray, labels: np.n
 
 
 class WriteReport:
-    """Handler that writes the ``report`` of a :class:`FindingMetrics` as JSON when the engine is done."""
+    """Handler that writes the ``report`` of a :class:`FindingMetrics` as JSON when the engine is done.
+
+    Of several processes rank 0 writes.
+    """
 
     def __init__(self, metric: FindingMetrics, path: str) -> None:
         self.metric = metric
@@ -268,6 +280,8 @@ class WriteReport:
 
     def __call__(self, engine: Engine) -> None:
         """Write the file."""
+        if not is_main_process():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.metric.report, indent=2))
 
@@ -276,8 +290,9 @@ class WriteReport:
 def run_evaluation(evaluator: Any, metric: FindingMetrics, path: str) -> None:
     """Run an evaluator and print the table that it wrote to ``path``."""
     evaluator.run()
-    print(render_report(metric.report))
-    print(f"written to {path}")
+    if is_main_process():
+        print(render_report(metric.report))
+        print(f"written to {path}")
 
 
 def render_report(report: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 from tqdm import tqdm
 
 from vila_m3_common.errors import UserError
@@ -32,7 +33,7 @@ def prepare_datalists(
     "validation": [...], "testing": [...]}`` with paths relative to ``dataset_dir``; a case may carry
     ``dataset_name``, which chooses its class mapping (see :class:`.transforms.MapClassesd`). Without
     ``validation`` the training cases of one ``fold`` are validated, as in the Model Zoo's lists. When there is
-    no list, phantoms are written to ``dataset_dir`` once and used again later.
+    no list, phantoms are written to ``dataset_dir`` once, by one of several processes, and used again later.
 
     Args:
         dataset_dir: folder of the data set; created for phantoms.
@@ -51,7 +52,8 @@ def prepare_datalists(
     if data_list or own_list.is_file():
         lists = _read_datalist(own_list, folder, list(counts), fold)
     else:
-        lists = {part: [write_phantom(folder, part, index) for index in _bar(part, n)] for part, n in counts.items()}
+        with idist.one_rank_first(local=True):
+            lists = {part: [write_phantom(folder, part, i) for i in _bar(part, n)] for part, n in counts.items()}
     if more_cases:
         first = next(iter(counts))
         added = _read_datalist(Path(more_cases), Path(more_cases).parent, [first], fold)[first]

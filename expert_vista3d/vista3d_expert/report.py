@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,27 @@ from monai.engines import Evaluator
 
 from vila_m3_common.errors import exits_with_message
 from vila_m3_common.standalone import make_output_dir
+from vila_m3_common.training import gather_rows, is_main_process
 
 from .labels import NewClasses, label_table, read_new_classes
 from .training import dice
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class of one case.
+
+    Args:
+        argument: what the case was asked for.
+        label: the class's id.
+        dice: None where the case does not hold the class.
+        is_predicted: whether any voxel was predicted.
+    """
+
+    argument: str
+    label: int
+    dice: float | None
+    is_predicted: bool
 
 
 @dataclass
@@ -37,14 +54,14 @@ class ClassTally:
     absent_count: int = 0
     false_positive_count: int = 0
 
-    def add(self, prediction: torch.Tensor, truth: torch.Tensor) -> None:
-        """Count one case from its two masks."""
-        if truth.any():
-            self.dice.append(dice(prediction, truth))
-            self.found_count += self.dice[-1] > 0
-        else:
+    def add(self, result: ClassResult) -> None:
+        """Count one case."""
+        if result.dice is None:
             self.absent_count += 1
-            self.false_positive_count += bool(prediction.any())
+            self.false_positive_count += result.is_predicted
+        else:
+            self.dice.append(result.dice)
+            self.found_count += result.dice > 0
 
     def summary(self) -> dict[str, Any]:
         """Return the figures; None where no case tells."""
@@ -62,7 +79,8 @@ class SegmentationReport:
     """Handler of an evaluator: writes ``metrics.json`` and prints the means.
 
     Its items carry ``argument`` and ``label_prompt``, see :func:`.data.evaluation_items`. A class counts
-    as found in a case when prediction and truth overlap at all.
+    as found in a case when prediction and truth overlap at all. Of several processes each counts its own items,
+    and rank 0 writes what all of them say.
 
     Args:
         output_dir: folder for ``metrics.json``; created when missing.
@@ -72,7 +90,7 @@ class SegmentationReport:
     def __init__(self, output_dir: str, new_classes: NewClasses = None) -> None:
         self.output_dir = output_dir
         self.names = {**label_table().names, **read_new_classes(new_classes)}
-        self._tallies: dict[str, dict[int, ClassTally]] = {}
+        self._results: list[ClassResult] = []
 
     def attach(self, engine: Engine) -> None:
         """Count after every item, write after the last."""
@@ -82,7 +100,7 @@ class SegmentationReport:
 
     def reset(self, engine: Engine | None = None) -> None:
         """Forget all cases."""
-        self._tallies = defaultdict(lambda: defaultdict(ClassTally))
+        self._results = []
 
     def add_items(self, engine: Engine) -> None:
         """Count the items of one iteration."""
@@ -92,19 +110,29 @@ class SegmentationReport:
     def add(self, argument: str, labels: Sequence[int], prediction: torch.Tensor, truth: torch.Tensor) -> None:
         """Count one case; ``prediction`` and ``truth`` are label maps of one shape."""
         for label in labels:
-            self._tallies[argument][label].add(prediction == label, truth == label)
+            found, present = prediction == label, truth == label
+            score = dice(found, present) if present.any() else None
+            self._results.append(ClassResult(argument, label, score, bool(found.any())))
 
     def summary(self) -> dict[str, Any]:
-        """Return argument -> mean Dice over the classes that occur, and the figures of every class."""
+        """Return argument -> mean Dice over the classes that occur, and the figures of every class.
+
+        Of several processes each has to call it.
+        """
+        tallies: dict[str, dict[int, ClassTally]] = defaultdict(lambda: defaultdict(ClassTally))
+        for result in gather_rows(self._results):
+            tallies[result.argument][result.label].add(result)
         return {
-            argument: _summarize({self.names[label]: tally.summary() for label, tally in tallies.items()})
-            for argument, tallies in self._tallies.items()
+            argument: _summarize({self.names[label]: tally.summary() for label, tally in sorted(of_argument.items())})
+            for argument, of_argument in tallies.items()
         }
 
-    def write(self, engine: Engine | None = None) -> Path:
+    def write(self, engine: Engine | None = None) -> None:
         """Write ``metrics.json`` and print one line per argument and per tumour."""
-        path = make_output_dir(self.output_dir) / "metrics.json"
         summary = self.summary()
+        if not is_main_process():
+            return
+        path = make_output_dir(self.output_dir) / "metrics.json"
         path.write_text(json.dumps(summary, indent=2) + "\n")
         for argument, figures in summary.items():
             print(f"{argument}: mean Dice {figures['mean_dice']} over {figures['class_count']} classes")
@@ -112,7 +140,6 @@ class SegmentationReport:
                 if name == argument:
                     print(f"  {name}: Dice {row['dice']}, {_rates(row)}")
         print(f"written to {path}")
-        return path
 
 
 def _rates(row: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The configs: properties, hooks, inference, training with resumption, evaluation, from any folder."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
 from stored_axes import stored_as
+from torchrun import run_processes
 
 from brats_expert.expert import BratsRequest
 from brats_expert.labels import LABEL_NAMES
@@ -204,34 +204,14 @@ def test_training_writes_weights_and_goes_on_after_a_kill(bundle_root, datalist_
     assert (tmp_path / "ckpt" / "training.pt").is_file()
 
 
-def run_two_processes(bundle_root, folder, names, *arguments):
-    configs = [str(bundle_root / "configs" / name) for name in names]
-    tiny = ("--spacing", "8.0", "--roi_size", "[16,16,16]", "--dataset_dir", "data")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("-m", "monai.bundle", "run", "--config_file", str(configs), *tiny, *arguments),
-        ],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_together(bundle_root, tmp_path):
     """The multi-GPU overlays on two CPU processes; the phantoms are written by one of them, for both."""
-    printed = run_two_processes(
-        bundle_root,
-        tmp_path,
-        ("train.json", "multi_gpu_train.json"),
-        *("--ckpt_dir", "ckpt", "--checkpoint_out", "nano.safetensors", "--epochs", "2", "--val_interval", "1"),
-        *("--training_count", "4", "--validation_count", "3"),
+    tiny = {"spacing": 8.0, "roi_size": "[16,16,16]", "dataset_dir": "data"}
+    times = {"epochs": 2, "val_interval": 1, "training_count": 4, "validation_count": 3}
+    files = {"ckpt_dir": "ckpt", "checkpoint_out": "nano.safetensors"}
+    printed = run_processes(
+        2, bundle_root, ("train.json", "multi_gpu_train.json"), {**tiny, **files, **times}, tmp_path
     )
     assert printed.count("best weights are in nano.safetensors") == 1
     assert len(list((tmp_path / "data").iterdir())) == 7
@@ -240,12 +220,8 @@ def test_two_processes_train_and_evaluate_together(bundle_root, tmp_path):
     state = torch.load(tmp_path / "ckpt" / "training.pt", weights_only=True)
     assert state["trainer"]["epoch_length"] == 2  # 4 cases over 2 processes
     assert state["exporter"]["best"] > 0
-    run_two_processes(
-        bundle_root,
-        tmp_path,
-        ("train.json", "evaluate.json", "multi_gpu_evaluate.json"),
-        *("--test_count", "3", "--output_dir", "eval", "--checkpoint", str(tmp_path / "nano.safetensors")),
-    )
+    options = {**tiny, "test_count": 3, "output_dir": "eval", "checkpoint": tmp_path / "nano.safetensors"}
+    run_processes(2, bundle_root, ("train.json", "evaluate.json", "multi_gpu_evaluate.json"), options, tmp_path)
     report = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert [case["case"] for case in report["cases"]] == [f"phantom_{200_000 + i}/label.nii.gz" for i in range(3)]
     assert report["tumor_case_count"] == 2  # seed 200001 is divisible by three

@@ -109,6 +109,7 @@ def test_report_counts_dice_sensitivity_and_specificity(tmp_path, capsys):
     elsewhere[0, 3] = 26
     for prediction, truth in [(tumor, tumor), (elsewhere, tumor), (empty, empty), (tumor, empty)]:
         report.add("hepatic tumor", [26], prediction, truth)
-    row = json.loads(report.write().read_text())["hepatic tumor"]["classes"]["hepatic tumor"]
+    report.write()
+    row = json.loads((tmp_path / "metrics.json").read_text())["hepatic tumor"]["classes"]["hepatic tumor"]
     assert row == {"dice": 0.5, "present_count": 2, "sensitivity": 0.5, "absent_count": 2, "specificity": 0.5}
     assert "hepatic tumor: Dice 0.5, sensitivity 0.5 (2 cases), specificity 0.5 (2 cases)" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser, create_workflow, verify_net_in_out
+from torchrun import run_processes
 
 from vila_m3_common.expert import ExpertRequest
 from vila_m3_common.hooks import BundleExpert
@@ -206,6 +207,36 @@ def test_a_new_class_is_fine_tuned_evaluated_and_asked_for(bundle_root, dataset_
 
 
 @pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(bundle_root, tmp_path):
+    """Three phantoms, which one process writes for both, two questions each."""
+    overrides = {
+        "dataset_dir": tmp_path / "data",
+        "testing_count": 3,
+        "arguments": "['hepatic tumor','bone lesion']",
+        "spacing": 8.0,
+        "roi_size": "[24, 24, 24]",
+    }
+    together = ("train.json", "evaluate.json", "multi_gpu_evaluate.json")
+    printed = run_processes(2, bundle_root, together, {**overrides, "output_dir": tmp_path / "two"}, tmp_path)
+    assert printed.count("written to") == 1
+    alone = {key: value for key, value in overrides.items() if key not in ("arguments", "roi_size", "dataset_dir")}
+    open_workflow(
+        bundle_root,
+        ["train.json", "evaluate.json"],
+        "train",
+        **alone,
+        device="cpu",
+        dataset_dir=str(tmp_path / "data"),
+        roi_size=[24, 24, 24],
+        arguments=["hepatic tumor", "bone lesion"],
+        output_dir=str(tmp_path / "one"),
+    ).run()
+    results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert results[0] == results[1]
+    assert results[0]["hepatic tumor"]["classes"]["hepatic tumor"]["present_count"] >= 1
+
+
+@pytest.mark.slow
 def test_two_processes_train_together(bundle_root, dataset_dir, tmp_path):
     """By the command of several GPUs, here with two processes of the CPU; only the first one writes."""
     datalist = json.loads((dataset_dir / "datalist.json").read_text())
@@ -215,21 +246,14 @@ def test_two_processes_train_together(bundle_root, dataset_dir, tmp_path):
         "dataset_dir": dataset_dir,
         "ckpt_dir": tmp_path / "ckpt",
         "checkpoint_out": tmp_path / "nano.safetensors",
-        "backend": "gloo",
-        "device": "$torch.device('cpu')",
         "amp": False,
         "spacing": 8.0,
         "roi_size": "[24, 24, 24]",
         "epochs": 2,
         "val_interval": 1,
     }
-    arguments = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
-    configs = [str(bundle_root / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    bundle = ["-m", "monai.bundle", "run", "--config_file", str(configs), *arguments]
-    done = subprocess.run([*command, *bundle], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("best weights are in") == 1
+    printed = run_processes(2, bundle_root, ("train.json", "multi_gpu_train.json"), overrides, tmp_path)
+    assert printed.count("best weights are in") == 1
     load_weights(nano_vista3d(), tmp_path / "nano.safetensors")
     state = torch.load(tmp_path / "ckpt/training.pt", weights_only=True)
     assert state["trainer"]["iteration"] == 2  # the two training cases are shared, one for each process
