@@ -1,0 +1,102 @@
+"""Label maps as viewers want them: their format, and which label is which structure."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from monai.data import ITKWriter
+
+from vila_m3_common.errors import check_choice
+from vila_m3_common.volumes import load_volume
+
+EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
+
+
+def write_label_map(source: Path, extension: str = ".nii.gz", is_compressed: bool = True) -> Path:
+    """Write a label map for a viewer, as uint8 in the geometry of ``source``; the caller removes the file.
+
+    Args:
+        source: NIfTI label map of an expert.
+        extension: one of ``EXTENSIONS``.
+        is_compressed: whether NRRD and MetaImage are compressed; the NIfTI formats say so themselves.
+
+    Raises:
+        UserError: if the extension is another one.
+    """
+    check_choice(extension, EXTENSIONS, "result_extension")
+    with tempfile.NamedTemporaryFile(suffix=extension, delete=False) as file:
+        target = Path(file.name)
+    if extension == ".nii.gz":
+        shutil.copyfile(source, target)
+        return target
+    image = nib.Nifti1Image.from_filename(source)
+    array = np.asarray(image.dataobj).astype(np.uint8)
+    if extension == ".nii":
+        nib.save(nib.Nifti1Image(array, image.affine), target)
+        return target
+    writer = ITKWriter(output_dtype=np.uint8)
+    writer.set_data_array(array, channel_dim=None)
+    writer.set_metadata({"affine": image.affine}, resample=False)
+    writer.write(str(target), compression=is_compressed)
+    return target
+
+
+def label_names(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return structure -> label of what a label map holds, in ascending order of the labels.
+
+    Slicer gives segments their names by this order, so nothing that the map lacks may stand here.
+
+    Args:
+        rows: of :func:`vila_m3_composite.service.labels.label_rows`.
+    """
+    return {str(row["name"]): int(row["label"]) for row in rows}
+
+
+def label_info(rows: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
+    """Return what MONAI Label makes the segments of a DICOM SEG of, one entry for each label in ascending order."""
+    return [
+        {
+            "name": row["name"],
+            "idx": row["label"],
+            "description": row["name"],
+            "color": list(bytes.fromhex(str(row["rgb"])[1:])),
+            "model_name": model,
+        }
+        for row in rows
+    ]
+
+
+def read_names(info: Mapping[str, Any]) -> dict[int, str]:
+    """Return label -> structure of a label that was saved, from what the viewer said of it; empty if it said nothing.
+
+    Slicer and OHIF number the segments of a label that they save by themselves, and tell the numbers in ``label_info``.
+    The labels that this app saved carry the names in ``params``.
+
+    Args:
+        info: of MONAI Label's datastore.
+    """
+    rows = info.get("label_info")
+    if isinstance(rows, Sequence) and not isinstance(rows, str):
+        return {
+            int(row["idx"]): str(row["name"])
+            for row in rows
+            if isinstance(row, Mapping) and "name" in row and str(row.get("idx", "")).isdigit()
+        }
+    names = (info.get("params") or {}).get("label_names") or {}
+    return {int(label): str(name) for name, label in names.items()}
+
+
+def load_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Read a saved label map: ids ``(X, Y, Z)`` uint8 and the affine ``(4, 4)``.
+
+    Raises:
+        UserError: if it cannot be read, or is empty.
+    """
+    volume = load_volume(path)
+    return np.rint(volume.array).astype(np.uint8), volume.affine
