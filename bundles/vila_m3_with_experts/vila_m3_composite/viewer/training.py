@@ -20,7 +20,7 @@ from monai.bundle import create_workflow
 from vila_m3.resumable_files import write_atomically
 from vila_m3_common.errors import UserError, find_user_error
 from vila_m3_common.expert import ModelCard
-from vila_m3_common.hooks import put_on_path
+from vila_m3_common.hooks import put_on_path, quiet
 from vila_m3_common.volumes import load_volume
 
 from .label_maps import load_labels
@@ -301,14 +301,15 @@ def _overrides(models: ViewerModels, name: str, options: TrainOptions, labels: l
 
 def _run(root: Path, overrides: Mapping[str, Any], stats: Stats) -> None:
     put_on_path(root)
-    workflow = create_workflow(
-        config_file=str(_train_config(root)),
-        meta_file=str(root / "configs" / "metadata.json"),
-        workflow_type="train",
-        logging_file=False,
-        **overrides,
-    )
-    workflow.initialize()
+    with quiet():
+        workflow = create_workflow(
+            config_file=str(_train_config(root)),
+            meta_file=str(root / "configs" / "metadata.json"),
+            workflow_type="train",
+            logging_file=False,
+            **overrides,
+        )
+        workflow.initialize()
     trainer = workflow.parser.get_parsed_content("train#trainer")
     best = workflow.parser.get_parsed_content("best_weights" if "best_weights" in workflow.parser else "exporter")
     stats.attach(trainer, lambda: best.best)
