@@ -10,10 +10,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from monai.data import ITKWriter
 
 from vila_m3_common.errors import check_choice
-from vila_m3_common.volumes import load_volume
+from vila_m3_common.volumes import dicom_files, load_volume
 
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
@@ -90,6 +91,19 @@ def read_names(info: Mapping[str, Any]) -> dict[int, str]:
         }
     names = (info.get("params") or {}).get("label_names") or {}
     return {int(label): str(name) for name, label in names.items()}
+
+
+def read_segment_names(folder: Path) -> dict[int, str]:
+    """Return segment number -> structure of the DICOM SEG in a folder; empty when there is none.
+
+    A SEG that comes from a DICOMweb server is turned into a label map of its segment numbers.
+    """
+    for path in dicom_files(folder) if folder.is_dir() else []:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True)
+        segments = dataset.get("SegmentSequence")
+        if segments:
+            return {int(segment.SegmentNumber): str(segment.SegmentLabel) for segment in segments}
+    return {}
 
 
 def load_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from vila_m3_common.errors import find_user_error, near_match_hint
 from vista3d_expert.labels import argument_ids, label_table
 
 from .asking import Asker
-from .label_maps import load_labels, read_names, write_label_map
+from .label_maps import load_labels, read_names, read_segment_names, write_label_map
 from .models import ViewerModels
 from .running import Wish, describe_result, describe_scores, run_on
 from .scoring import dice_by_name, most_uncertain, uncertainty
@@ -196,10 +196,12 @@ def labelled_cases(datastore: Datastore) -> Iterator[LabelledCase]:
     for image in sorted(datastore.list_images()):
         label = datastore.get_label_by_image_id(image, tag)
         if label:
-            names = read_names(datastore.get_label_info(label, tag))
-            yield LabelledCase(
-                image, Path(datastore.get_image_uri(image)), Path(datastore.get_label_uri(label, tag)), names
-            )
+            path = Path(datastore.get_label_uri(label, tag))
+            info = datastore.get_label_info(label, tag)
+            # What a DICOMweb store fetched lies beside the label map that it was turned into.
+            fetched = path.parent / str(info.get("SeriesInstanceUID") or label)
+            names = read_names(info) or read_segment_names(fetched)
+            yield LabelledCase(image, Path(datastore.get_image_uri(image)), path, names)
 
 
 class UncertaintyScoring(ScoringMethod):
