@@ -55,7 +55,6 @@ monailabel: monailabel-venv  ## start MONAI Label on 127.0.0.1:8000 with phantom
 	@case "$(STUDIES)" in http*) ;; *) test -e "$(STUDIES)" || \
 	    $(VIEWER_VENV)/bin/python -m vila_m3_composite.viewer.studies "$(STUDIES)";; esac
 	MONAI_LABEL_AUTO_UPDATE_SCORING=$${MONAI_LABEL_AUTO_UPDATE_SCORING:-false} \
-	MONAI_LABEL_CORS_ORIGINS=$${MONAI_LABEL_CORS_ORIGINS:-'["http://127.0.0.1:$(PORT)","http://localhost:$(PORT)"]'} \
 	$(VIEWER_VENV)/bin/python -m monailabel.main start_server --app $(VIEWER_APP) --studies "$(STUDIES)" \
 	    --host 127.0.0.1 --port $(PORT) $(CONF)
 

@@ -190,18 +190,16 @@ class ExpertTrain(TrainTask):
 
 
 def labelled_cases(datastore: Datastore) -> Iterator[LabelledCase]:
-    """Yield the images of a datastore that have a label of the tag ``final``."""
-    tag = DefaultLabelTag.FINAL
-    datastore.datalist()  # a DICOMweb store fetches its DICOM SEGs here
-    for image in sorted(datastore.list_images()):
-        label = datastore.get_label_by_image_id(image, tag)
-        if label:
-            path = Path(datastore.get_label_uri(label, tag))
-            info = datastore.get_label_info(label, tag)
-            # What a DICOMweb store fetched lies beside the label map that it was turned into.
-            fetched = path.parent / str(info.get("SeriesInstanceUID") or label)
-            names = read_names(info) or read_segment_names(fetched)
-            yield LabelledCase(image, Path(datastore.get_image_uri(image)), path, names)
+    """Yield the images with a label of the tag ``final``; a DICOMweb store fetches its DICOM SEGs for that."""
+    files = {Path(entry["image"]).name: entry for entry in datastore.datalist()}
+    for image, stored in sorted(datastore.json()["objects"].items()):
+        entry = files.get(f"{image}{stored['image']['ext']}")
+        if entry is None:
+            continue
+        label, info = Path(entry["label"]), stored["labels"][DefaultLabelTag.FINAL]["info"]
+        # A fetched SEG lies beside the label map that it was turned into.
+        names = read_names(info) or read_segment_names(label.parent / str(info.get("SeriesInstanceUID") or image))
+        yield LabelledCase(image, Path(entry["image"]), label, names)
 
 
 class UncertaintyScoring(ScoringMethod):
@@ -250,22 +248,19 @@ class DiceScoring(ScoringMethod):
 
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Score every image that has both; the mean goes into its info as ``dice``."""
-        tags = [request.get("y") or DefaultLabelTag.FINAL, request.get("y_pred") or DefaultLabelTag.ORIGINAL]
         result: dict[str, Any] = {}
-        for image in sorted(datastore.list_images()):
-            ids = [datastore.get_label_by_image_id(image, tag) for tag in tags]
-            if all(ids):
-                result[image] = self._compare(datastore, ids, tags)
-                datastore.update_image_info(image, result[image])
+        for case in labelled_cases(datastore):
+            if datastore.get_label_by_image_id(case.id, DefaultLabelTag.ORIGINAL):
+                result[case.id] = self._compare(datastore, case)
+                datastore.update_image_info(case.id, result[case.id])
         return result
 
-    def _compare(self, datastore: Datastore, ids: list[str], tags: list[str]) -> dict[str, Any]:
+    def _compare(self, datastore: Datastore, case: LabelledCase) -> dict[str, Any]:
+        tag = DefaultLabelTag.ORIGINAL
+        names = read_names(datastore.get_label_info(case.id, tag))
         try:
-            (final, final_names), (original, names) = (
-                (load_labels(datastore.get_label_uri(label, tag))[0], read_names(datastore.get_label_info(label, tag)))
-                for label, tag in zip(ids, tags, strict=True)
-            )
-            scores = dice_by_name(final, final_names, original, names)
+            original, _ = load_labels(datastore.get_label_uri(case.id, tag))
+            scores = dice_by_name(load_labels(case.label)[0], case.names, original, names)
         except Exception as error:
             cause = find_user_error(error)
             if cause is None:
