@@ -147,6 +147,20 @@ def test_label_maps_keep_their_place_in_every_format(ct_file: Path, tmp_path: Pa
     assert np.allclose(*directions, atol=1e-6)
 
 
+def test_a_label_of_fewer_slices_is_brought_onto_the_images_grid() -> None:
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    labels = np.zeros((6, 5, 8), np.uint8)
+    labels[1:4, 2:4, 3:6] = 7
+    part, part_affine = labels[::-1, :, 3:6], affine.copy()
+    part_affine[:3, 3] = (affine @ [5, 0, 3, 1])[:3]
+    part_affine[0, 0] *= -1
+    assert np.array_equal(label_maps.on_grid(part, part_affine, labels.shape, affine), labels)
+    assert label_maps.on_grid(labels, affine, labels.shape, affine) is labels
+    part_affine[2, 3] += 12
+    with pytest.raises(UserError, match="lies beside the image"):
+        label_maps.on_grid(part, part_affine, labels.shape, affine)
+
+
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown result_extension '\.\./x\.nii'"):
         label_maps.write_label_map(tmp_path / "labels.nii.gz", "../x.nii")

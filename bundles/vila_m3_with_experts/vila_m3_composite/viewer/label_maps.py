@@ -12,10 +12,13 @@ import nibabel as nib
 import numpy as np
 import pydicom
 from monai.data import ITKWriter
+from scipy import ndimage
 
-from vila_m3_common.errors import check_choice
+from vila_m3_common.errors import UserError, check_choice
 from vila_m3_common.volumes import dicom_files, load_volume
 
+# More of a label than this part may not lie outside the image that it belongs to.
+MAX_OUTSIDE = 0.1
 EXTENSIONS = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
@@ -114,3 +117,31 @@ def load_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """
     volume = load_volume(path)
     return np.rint(volume.array).astype(np.uint8), volume.affine
+
+
+def on_grid(labels: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], target: np.ndarray) -> np.ndarray:
+    """Bring a label map onto the grid of an image: a DICOM SEG, for one, leaves out the slices without labels.
+
+    Args:
+        labels: ``(X, Y, Z)`` ids.
+        affine: of the labels, voxel index to RAS position in mm.
+        shape: of the image.
+        target: affine of the image.
+
+    Returns:
+        Ids of ``shape``, those of the nearest voxels.
+
+    Raises:
+        UserError: if much of it lies outside the image.
+    """
+    if labels.shape == tuple(shape) and np.allclose(affine, target, atol=1e-3):
+        return labels
+    step = np.round(np.linalg.inv(affine) @ target, 6)
+    moved = ndimage.affine_transform(labels, step[:3, :3], step[:3, 3], output_shape=tuple(shape), order=0)
+    volumes = [
+        float((array > 0).sum()) * abs(float(np.linalg.det(grid[:3, :3])))
+        for array, grid in ((moved, target), (labels, affine))
+    ]
+    if volumes[0] < (1 - MAX_OUTSIDE) * volumes[1]:
+        raise UserError(f"the label {labels.shape} lies beside the image {tuple(shape)}; it is of another image")
+    return moved

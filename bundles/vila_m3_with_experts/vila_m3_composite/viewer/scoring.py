@@ -107,14 +107,9 @@ def dice_by_name(
     Args:
         final: ``(X, Y, Z)`` of the user.
         final_names: label -> structure of it; may be empty.
-        original: ``(X, Y, Z)`` of the expert.
+        original: of the expert, on the same grid.
         original_names: label -> structure of it; may be empty.
-
-    Raises:
-        UserError: if the two do not lie on the same grid.
     """
-    if final.shape != original.shape:
-        raise UserError(f"the saved label {final.shape} and the expert's {original.shape} do not lie on the same grid")
     numbers = {name.lower(): label for label, name in original_names.items()}
     scores = {}
     for label in (int(value) for value in np.unique(final) if value):

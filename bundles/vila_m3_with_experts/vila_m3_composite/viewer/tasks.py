@@ -26,7 +26,7 @@ from vila_m3_common.errors import find_user_error, near_match_hint
 from vista3d_expert.labels import argument_ids, label_table
 
 from .asking import Asker
-from .label_maps import load_labels, read_names, read_segment_names, write_label_map
+from .label_maps import load_labels, on_grid, read_names, read_segment_names, write_label_map
 from .models import ViewerModels
 from .running import Wish, describe_result, describe_scores, run_on
 from .scoring import dice_by_name, most_uncertain, uncertainty
@@ -259,8 +259,9 @@ class DiceScoring(ScoringMethod):
         tag = DefaultLabelTag.ORIGINAL
         names = read_names(datastore.get_label_info(case.id, tag))
         try:
-            original, _ = load_labels(datastore.get_label_uri(case.id, tag))
-            scores = dice_by_name(load_labels(case.label)[0], case.names, original, names)
+            original, affine = load_labels(datastore.get_label_uri(case.id, tag))
+            final = on_grid(*load_labels(case.label), original.shape, affine)
+            scores = dice_by_name(final, case.names, original, names)
         except Exception as error:
             cause = find_user_error(error)
             if cause is None:

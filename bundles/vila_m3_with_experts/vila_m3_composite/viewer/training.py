@@ -23,14 +23,12 @@ from vila_m3_common.expert import ModelCard
 from vila_m3_common.hooks import put_on_path, quiet
 from vila_m3_common.volumes import load_volume
 
-from .label_maps import load_labels
+from .label_maps import load_labels, on_grid
 from .models import ViewerModels
 from .running import open_for
 
 # Trained further, a network takes a tenth of the steps that a fresh one begins with.
 FURTHER_RATE = 0.1
-# An affine is the same when no voxel lies further off than this.
-_SAME_PLACE_MM = 0.1
 
 
 @dataclass(frozen=True)
@@ -233,10 +231,7 @@ def prepare_cases(card: ModelCard, cases: Sequence[LabelledCase], ids: Mapping[s
 def _read_case(card: ModelCard, case: LabelledCase) -> tuple[np.ndarray, np.ndarray]:
     open_for(card, case.image)
     image = load_volume(case.image)
-    labels, affine = load_labels(case.label)
-    if labels.shape != image.array.shape[:3] or np.abs(affine - image.affine).max() > _SAME_PLACE_MM:
-        raise UserError(f"label {labels.shape} and image {image.array.shape[:3]} do not lie on the same grid")
-    return labels, affine
+    return on_grid(*load_labels(case.label), image.array.shape[:3], image.affine), image.affine
 
 
 def map_labels(labels: np.ndarray, names: Mapping[int, str], ids: Mapping[str, int]) -> np.ndarray:
