@@ -85,6 +85,8 @@ class ExpertRequest:
         question: the user's question, repeated at the end of the feedback.
         output_dir: folder that exists and in which the expert may create files named after ``stem``.
         stem: beginning of every file name that this call writes.
+        prompts: what a user chose in a viewer beside the argument, for experts that take it: ``label_prompt``,
+            ``points`` (voxel indices of the image file) and ``point_labels``. Plain JSON values.
     """
 
     image_paths: tuple[str, ...]
@@ -94,6 +96,7 @@ class ExpertRequest:
     question: str = ""
     output_dir: str = "."
     stem: str = "expert"
+    prompts: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> str:
         """Return the request as one string, a form that MONAI's collation carries through unchanged."""

@@ -38,6 +38,8 @@ RESULTS = (
     "runs",
     COMMON_PACKAGE.name,
 )
+# What a running MONAI Label writes into the folder of its app.
+APP_STATE = "monailabel_app/*/*"
 # The Model Zoo takes no larger file; larger ones are listed in large_files.yml.
 MAX_FILE_BYTES = 25 * 1024 * 1024
 _TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip can hold
@@ -85,10 +87,10 @@ def bundle_files(bundle: Path) -> list[tuple[str, Path]]:
 
 
 def is_left_out(name: str) -> bool:
-    """Return whether a path inside a bundle matches ``CACHES`` anywhere or ``RESULTS`` in its first folder."""
+    """Return whether a path inside a bundle matches ``APP_STATE``, ``CACHES`` anywhere, or ``RESULTS`` at first."""
     parts = name.split("/")
     is_cache = any(fnmatch(part, pattern) for part in parts for pattern in CACHES)
-    return is_cache or any(fnmatch(parts[0], pattern) for pattern in RESULTS)
+    return is_cache or fnmatch(name, APP_STATE) or any(fnmatch(parts[0], pattern) for pattern in RESULTS)
 
 
 def read_large_files(bundle: Path) -> list[dict[str, Any]]:

@@ -16,11 +16,15 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image, UnidentifiedImageError
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
 from .dicom_series import check_series
 from .errors import UserError
 from .pictures import check_one_frame, is_deep, scale_to_bytes, to_rgb
+
+try:
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+except ImportError:  # pydicom 2, which MONAI Label needs
+    from pydicom.pixel_data_handlers import apply_modality_lut, apply_voi_lut  # type: ignore[no-redef]
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 RADIOGRAPH_SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -35,6 +35,8 @@ FEW = 6
 class Vista3dRequest:
     """The ``expert_request`` hook.
 
+    The prompts of a request, where it has some, stand in place of those given here.
+
     Args:
         label_prompt: class names, ids or groups for every request; overrides the request's argument.
         points: clicks ``[[x, y, z], ...]``, voxel indices of the image; overrides the request's argument.
@@ -62,16 +64,16 @@ class Vista3dRequest:
             UserError: if the argument or a prompt is unknown, or the image is no single CT volume.
         """
         volume = _ct_volume(request.image_paths)
-        clicks = read_points(self.points, self.point_labels)
+        own = {"label_prompt": self.label_prompt, "points": self.points, "point_labels": self.point_labels}
+        given = request.prompts or own
+        label_prompt = given.get("label_prompt")
+        clicks = read_points(given.get("points"), given.get("point_labels"))
         if clicks is not None:
             check_inside(clicks, volume.array.shape)
-            point_class(self.label_prompt)
+            point_class(label_prompt)
             prompts = {"points": clicks.coordinates, "point_labels": clicks.labels}
-            return {"image": request.image_paths[0], "label_prompt": self.label_prompt, **prompts}
-        if self.label_prompt is None:
-            ids = argument_ids(request.argument)
-        else:
-            ids = prompt_ids(self.label_prompt, self.new_classes)
+            return {"image": request.image_paths[0], "label_prompt": label_prompt, **prompts}
+        ids = argument_ids(request.argument) if label_prompt is None else prompt_ids(label_prompt, self.new_classes)
         return {"image": request.image_paths[0], "label_prompt": ids}
 
 

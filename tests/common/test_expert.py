@@ -47,7 +47,9 @@ def test_an_unknown_argument_is_explained() -> None:
 
 
 def test_a_request_survives_as_one_string() -> None:
-    request = ExpertRequest(("a b.nii", "$x.nii"), "$argument", 3, 1, "Is 1.5 > 1?\n", "/tmp", "t1")
+    request = ExpertRequest(
+        ("a b.nii", "$x.nii"), "$argument", 3, 1, "Is 1.5 > 1?\n", "/tmp", "t1", {"points": [[1, 2, 3]]}
+    )
     assert ExpertRequest.from_json(request.to_json()) == request
     assert request.file("_labels.nii.gz") == Path("/tmp/t1_labels.nii.gz")
 

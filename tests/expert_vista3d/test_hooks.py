@@ -123,6 +123,19 @@ def test_label_prompt_overrides_the_argument(ct_file):
     assert item["label_prompt"] == [3]
 
 
+def test_prompts_of_a_request_stand_in_place_of_the_configured_ones(ct_file):
+    hook = Vista3dRequest(["spleen"], points=[[1, 1, 1]])
+    prompts = {"label_prompt": [1], "points": [[2, 3, 4]], "point_labels": [1]}
+    item = hook(ExpertRequest((str(ct_file),), prompts=prompts))
+    assert item == {"image": str(ct_file), "label_prompt": [1], "points": ((2, 3, 4),), "point_labels": (1,)}
+    assert hook(ExpertRequest((str(ct_file),), prompts={"label_prompt": [1]})) == {
+        "image": str(ct_file),
+        "label_prompt": [1],
+    }
+    with pytest.raises(UserError, match="lies outside"):
+        hook(ExpertRequest((str(ct_file),), prompts={"points": [[900, 0, 0]]}))
+
+
 def test_unknown_argument_is_a_user_error(ct_file):
     with pytest.raises(UserError, match="unknown VISTA3D argument 'lung tumour'; did you mean 'lung tumor'"):
         Vista3dRequest()(ExpertRequest((str(ct_file),), argument="lung tumour"))

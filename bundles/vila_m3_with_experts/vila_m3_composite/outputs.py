@@ -98,18 +98,22 @@ def write_session(session: Session, folder: Path, case: str, cards: str) -> dict
 
 
 def _turn_record(record: TurnRecord, index: int, folder: Path, cards: str) -> dict[str, Any]:
-    turn = record.turn
     files = []
-    for number, image in enumerate(turn.images, start=1):
+    for number, image in enumerate(record.turn.images, start=1):
         name = f"turn{index:02d}_image{number}.png"
         Image.fromarray(image).save(folder / name)
         files.append(name)
+    return {**describe_turn(record, cards), "images": files}
+
+
+def describe_turn(record: TurnRecord, cards: str) -> dict[str, Any]:
+    """Return a turn without its pictures, ready for JSON; ``cards`` are left out of its text."""
+    turn = record.turn
     entry: dict[str, Any] = {
         "role": turn.role,
         "text": turn.text.removeprefix(cards),
         "has_model_cards": bool(cards) and turn.text.startswith(cards),
         "in_context": turn.in_context,
-        "images": files,
         "seconds": round(record.seconds, 3),
     }
     if record.call:

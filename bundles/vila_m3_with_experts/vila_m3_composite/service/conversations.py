@@ -180,6 +180,19 @@ def fork(session: Session) -> Session:
     )
 
 
+def replay(study: Study | None, said: Sequence[Message], options: StudyOptions, agent: Agent, folder: Path) -> Session:
+    """Make a session of everything but the last message, which is still to be asked; ``folder`` is its own.
+
+    Nothing in the messages calls an expert: only turns that the VLM writes are searched for triggers.
+    """
+    session = Session(study, folder, options.slice_index, options.axis)
+    for message in said[:-1]:
+        text = neutralise(message.text).strip()
+        turn = agent.user_turn(session, text) if message.role == "user" else Turn("assistant", text)
+        session.record(turn, 0.0)
+    return session
+
+
 class SessionBuilder:
     """Builds sessions from messages.
 
@@ -192,20 +205,13 @@ class SessionBuilder:
         self._store, self._settings = store, settings
 
     def build(self, said: Sequence[Message], options: StudyOptions, owner: str, agent: Agent, folder: Path) -> Session:
-        """Make a session of everything but the last message, which is still to be asked; ``folder`` is its own.
-
-        Nothing in the messages calls an expert: only turns that the VLM writes are searched for triggers.
+        """Open the images of the first message and :func:`replay` what was said about them.
 
         Raises:
             ApiError, UserError: if an image cannot be used.
         """
         study = self.open_images(said[0].images, options.modality, owner, folder)
-        session = Session(study, folder, options.slice_index, options.axis)
-        for message in said[:-1]:
-            text = neutralise(message.text).strip()
-            turn = agent.user_turn(session, text) if message.role == "user" else Turn("assistant", text)
-            session.record(turn, 0.0)
-        return session
+        return replay(study, said, options, agent, folder)
 
     def open_images(
         self, parts: Sequence[ImagePart | FilePart], modality: str | None, owner: str, folder: Path
