@@ -131,6 +131,15 @@ class Answered:
         return self.stop_reason != "stop token"
 
 
+def cut_notes(ended: AnswerReport | Answered, context_length: int) -> list[str]:
+    """Say that an answer was cut off, where it was; ``context_length`` is what the model reads, in tokens."""
+    if ended.stop_reason == "max_new_tokens":
+        return [f"The answer was cut off after {ended.new_token_count} tokens (max_new_tokens)."]
+    if ended.stop_reason == "context":
+        return [f"The answer was cut off: the model reads {context_length} tokens in all."]
+    return []
+
+
 @dataclass
 class _Kept:
     """A conversation whose keys and values are kept: ``places[i]`` is what position ``i`` of the cache holds."""
@@ -191,11 +200,7 @@ class Answerer:
     @property
     def notes(self) -> list[str]:
         """What a reader must know about the last answer: that it was cut off."""
-        if self.report.stop_reason == "max_new_tokens":
-            return [f"The answer was cut off after {self.report.new_token_count} tokens (max_new_tokens)."]
-        if self.report.stop_reason == "context":
-            return [f"The answer was cut off: the model reads {self.model.context_length} tokens in all."]
-        return []
+        return cut_notes(self.report, self.model.context_length)
 
     def __call__(self, conversation: Conversation) -> Iterator[str]:
         """Yield the next assistant turn piece by piece; the pieces join to the whole text.

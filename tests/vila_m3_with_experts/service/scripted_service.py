@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,7 @@ class ScriptedVlm:
         self.model = SimpleNamespace(context_length=4096)
         self.report = AnswerReport()
         self.seen: list[list[str]] = []
+        self.shown: Sequence[np.ndarray] = ()
         self.batches: list[int] = []
         self.abandoned = threading.Event()
 
@@ -74,10 +75,15 @@ class ScriptedVlm:
 
     def answer_batch(self, conversations: list[Conversation]) -> list[Answered]:
         self.batches.append(len(conversations))
-        return [Answered(text, "stop token", len(text.split())) for text in map(self._text, conversations)]
+        return [self._answered(self._text(conversation).split(" ")) for conversation in conversations]
+
+    def _answered(self, words: list[str]) -> Answered:
+        said = words[: self.max_new_tokens]
+        return Answered(" ".join(said), "stop token" if len(said) == len(words) else "max_new_tokens", len(said))
 
     def _text(self, conversation: Conversation) -> str:
         self.seen.append([turn.text for turn in conversation.context])
+        self.shown = conversation.images
         last = conversation.turns[-1]
         question = last.text.rpartition("\n")[2]
         if "WAIT" in question:

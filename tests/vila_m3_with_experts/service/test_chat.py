@@ -13,6 +13,8 @@ from scripted_service import MODEL, Running, running_service
 
 from vila_m3_composite.service.chat import until_stop
 
+CUT_NOTE = "The answer was cut off after 3 tokens (max_new_tokens)."
+
 
 def upload(running: Running, path: Path, key: str = "none") -> str:
     with path.open("rb") as file:
@@ -193,6 +195,9 @@ def test_max_tokens_cuts_the_answer_and_says_so(scripted: Running) -> None:
     assert response.choices[0].message.content == "I read 1"
     assert response.choices[0].finish_reason == "length"
     assert response.usage.completion_tokens == 3
+    assert response.model_extra["vila_m3"]["notes"] == [CUT_NOTE]
+    chunks = list(ask(scripted, [{"role": "user", "content": "hello"}], max_tokens=3, stream=True))
+    assert chunks[-1].model_extra["vila_m3"]["notes"] == [CUT_NOTE]
 
 
 def test_sampling_options_reach_the_vlm(scripted: Running) -> None:
@@ -272,13 +277,13 @@ def test_models_are_listed_with_their_experts(scripted: Running) -> None:
         scripted.client().models.retrieve("other")
 
 
-def test_waiting_turns_are_answered_in_one_batch(scripted: Running) -> None:
-    """While a slow turn holds the VLM, the others gather; each gets its own answer."""
+def ask_together(scripted: Running, **options: Any) -> dict[int, Any]:
+    """While a slow turn holds the VLM, six others gather, and are answered in one batch."""
     scripted.composite.vlm.batches.clear()
-    found: dict[int, str] = {}
+    found: dict[int, Any] = {}
 
     def work(number: int) -> None:
-        found[number] = answer(scripted, [{"role": "user", "content": f"number {number}"}])
+        found[number] = ask(scripted, [{"role": "user", "content": f"number {number}"}], **options)
 
     holder = threading.Thread(target=answer, args=(scripted, [{"role": "user", "content": "WAIT"}]))
     holder.start()
@@ -288,8 +293,19 @@ def test_waiting_turns_are_answered_in_one_batch(scripted: Running) -> None:
         thread.start()
     for thread in [holder, *threads]:
         thread.join()
-    assert found == {number: f"I read 1 turns and 0 images; you said number {number}" for number in range(6)}
     assert max(scripted.composite.vlm.batches) >= 4
+    return found
+
+
+def test_turns_that_wait_together_get_each_its_own_answer(scripted: Running) -> None:
+    found = {number: response.choices[0].message.content for number, response in ask_together(scripted).items()}
+    assert found == {number: f"I read 1 turns and 0 images; you said number {number}" for number in range(6)}
+
+
+def test_turns_that_wait_together_are_told_that_they_were_cut(scripted: Running) -> None:
+    for response in ask_together(scripted, max_tokens=3).values():
+        assert response.choices[0].finish_reason == "length"
+        assert response.model_extra["vila_m3"]["notes"] == [CUT_NOTE]
 
 
 def test_too_many_conversations_are_told_to_come_back(tmp_path: Path) -> None:

@@ -121,6 +121,33 @@ def test_four_mri_files_make_one_study(scripted: Running, mri_folder: Path) -> N
         scripted.client().chat.completions.create(model=MODEL, messages=about(ids[:3], "what?"))
 
 
+def test_a_four_d_mri_is_shown_and_drawn_in_the_given_order(tmp_path: Path, mri_folder: Path, ct_file: Path) -> None:
+    """As the four files with names are; images without sequences do not care."""
+    stored = [mri_folder / f"{name}.nii.gz" for name in ("t2f", "t1n", "t1c", "t2w")]
+    first = nib.load(stored[0])
+    channels = np.stack([nib.load(path).get_fdata(dtype=np.float32) for path in stored], axis=-1)
+    nib.save(nib.Nifti1Image(channels, first.affine), tmp_path / "brain.nii.gz")
+
+    def look(running: Running, *paths: Path) -> tuple[list[Any], list[bytes]]:
+        ids = [upload(running, path).id for path in paths]
+        running.client().chat.completions.create(model=MODEL, messages=about(ids, "what?"))
+        study = httpx.post(f"{running.url}/v1/studies", json={"files": ids}).json()
+        place = f"{running.url}/v1/studies/{study['id']}/slices/2/20"
+        pictures = [httpx.get(place, params={"sequence": number}).content for number in range(4)]
+        return list(running.composite.vlm.shown), pictures
+
+    order = ("flair", "t1", "t1c", "t2")
+    with running_service(tmp_path / "ordered", sequence_order=order) as ordered:
+        shown, drawn = look(ordered, tmp_path / "brain.nii.gz")
+        expected, expected_drawn = look(ordered, *sorted(mri_folder.iterdir()))
+        assert len(shown) == 4
+        assert all(np.array_equal(one, other) for one, other in zip(shown, expected, strict=True))
+        assert drawn == expected_drawn
+        assert len(set(drawn)) == 4
+        (ct,) = look(ordered, ct_file)[0]
+        assert ct.shape[2] == 3
+
+
 def test_a_zip_of_four_sequences_is_one_file(scripted: Running, mri_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "study.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -157,7 +157,8 @@ class ChatRun:
         self.conversation_id = new_id()
         self.transcript: list[dict[str, Any]] = []
         self.study: dict[str, Any] | None = None
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # of the VLM's last turn, for the agent
+        self._told_notes: list[str] = []
         self._start = time.perf_counter()
         self._is_cancelled = False
         self._is_live = False
@@ -259,7 +260,7 @@ class ChatRun:
             session.add_note(FORGOTTEN_NOTE)
 
     def _describe(self, session: Session) -> None:
-        self.notes = session.notes
+        self._told_notes = list(session.notes)
         if session.study is not None:
             self.study = {
                 "modality": session.study.modality,
@@ -267,7 +268,7 @@ class ChatRun:
                 "slice_index": session.slice_index,
                 "axis": session.axis,
             }
-        self._put({"type": "study", "study": self.study, "notes": list(session.notes)})
+        self._put({"type": "study", "study": self.study, "notes": self._told_notes})
 
     def _keep(self, session: Session, results: Results) -> None:
         answer = Message(role="assistant", content=self._told_content)
@@ -291,7 +292,7 @@ class ChatRun:
         # After a stop sequence the VLM is still at its last token; the counts come with its end.
         job.is_over.wait(_END_SECONDS)
         self.usage += job.usage
-        self.is_cut = job.is_cut
+        self.is_cut, self.notes = job.is_cut, job.notes
 
     def _on_piece(self, piece: str) -> None:
         self._check()
@@ -369,7 +370,7 @@ class ChatRun:
     @property
     def summary(self) -> dict[str, Any]:
         """What a response holds beside OpenAI's fields, when it is whole."""
-        told = {"conversation": self.conversation_id, "study": self.study, "notes": list(self.notes)}
+        told = {"conversation": self.conversation_id, "study": self.study, "notes": self._told_notes}
         return told if self._request.experts == "hidden" else {**told, "transcript": self.transcript}
 
 

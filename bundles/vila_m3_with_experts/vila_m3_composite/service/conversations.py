@@ -226,7 +226,7 @@ class SessionBuilder:
         if not parts:
             return None
         if len(named) == len(ids):
-            return open_study(self.find_paths(named, owner, folder), modality)
+            return self.open_files(named, modality, owner, folder)
         if len(parts) > 1:
             raise ApiError(
                 400,
@@ -242,7 +242,17 @@ class SessionBuilder:
             write_picture(parts[0].image_url.url, place, self._settings.limits, self._settings.image_urls), modality
         )
 
-    def find_paths(self, ids: Sequence[str], owner: str, folder: Path) -> Path | list[Path]:
+    def open_files(self, ids: Sequence[str], modality: str | None, owner: str, folder: Path) -> Study:
+        """Open uploaded files as one study; four MRI sequences are read in the order of the settings.
+
+        Raises:
+            ApiError, UserError: if they cannot be used together.
+        """
+        paths, order = self._find_paths(ids, owner, folder), self._settings.sequence_order
+        study = open_study(paths, modality)
+        return open_study(paths, modality, order) if order and study.has_brain_sequences else study
+
+    def _find_paths(self, ids: Sequence[str], owner: str, folder: Path) -> Path | list[Path]:
         """Return what :func:`vila_m3_common.study.open_study` reads of uploaded files.
 
         Several DICOM files become the folder of a series; other files are the sequences of one MRI.

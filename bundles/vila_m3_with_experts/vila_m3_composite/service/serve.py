@@ -30,6 +30,7 @@ def serve(
     limits: Mapping[str, Any],
     image_urls: Sequence[str],
     host_names: Sequence[str],
+    sequence_order: Sequence[str] | None,
     composite: Mapping[str, Any],
 ) -> None:
     """Serve until the process is told to end. API keys are read from ``VILA_M3_API_KEYS``, one per line or comma.
@@ -42,6 +43,7 @@ def serve(
         limits: see :class:`.settings.Limits`.
         image_urls: beginnings of the web addresses that pictures may be fetched from.
         host_names: names under which a browser may reach the service, beside the loopback names.
+        sequence_order: of the channels of 4-D brain MRIs; the brain expert is told of it by ``composite``.
         composite: keyword arguments of :class:`vila_m3_composite.app.Composite`.
     """
     host, port = str(host), int(port)
@@ -52,8 +54,9 @@ def serve(
             "or listen on 127.0.0.1"
         )
     names = (*_LOOPBACK, "[::1]", *host_names) if host in _LOOPBACK or host_names else ()
+    order = None if sequence_order is None else tuple(sequence_order)
     settings = Settings(
-        Path(data_dir), str(model_id), Limits.from_config(limits), keys, tuple(map(str, image_urls)), names
+        Path(data_dir), str(model_id), Limits.from_config(limits), keys, tuple(map(str, image_urls)), names, order
     )
     listener = _bind(host, port)
     _write_log()

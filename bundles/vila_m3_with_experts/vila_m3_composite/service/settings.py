@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_m3_common.errors import UserError, near_match_hint
+from vila_m3_common.study import check_sequence_order
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Settings:
         api_keys: keys of which a request must show one; without any, every request is served.
         image_urls: beginnings of the web addresses that pictures may be fetched from, ``https://host/``.
         host_names: names under which a browser may reach the service; without any, every name.
+        sequence_order: of the channels of 4-D brain MRIs, and of four files whose names do not tell; None is the usual
+            one. Other images do not care.
     """
 
     data_dir: Path
@@ -91,8 +94,10 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     image_urls: tuple[str, ...] = ()
     host_names: tuple[str, ...] = ()
+    sequence_order: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_sequence_order(self.sequence_order)
         for url in self.image_urls:
             if not url.startswith(("http://", "https://")) or url.count("/") < 3:
                 raise UserError(f"image_urls holds {url!r}; give the beginning of an address, such as https://host/")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vila_m3_common import slices
 from vila_m3_common.errors import UserError
-from vila_m3_common.study import SEQUENCES, Study, open_study, ras_channels, render_images
+from vila_m3_common.study import SEQUENCES, Study, ras_channels, render_images
 from vila_m3_common.volumes import load_volume
 
 from .conversations import SessionBuilder
@@ -58,7 +58,7 @@ class Viewer:
         """
         folder = self._store.new_folder()
         try:
-            study = open_study(self._builder.find_paths(file_ids, owner, folder), modality)
+            study = self._builder.open_files(file_ids, modality, owner, folder)
         except BaseException:
             self._store.drop_folder(folder)
             raise

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vila_m3.answer import Sampling
+from vila_m3.answer import Sampling, cut_notes
 from vila_m3_common.conversation import Conversation
 
 from .metrics import Metrics
@@ -64,10 +64,15 @@ class Job:
     def __init__(self, conversation: Conversation, options: Options, check: Callable[[], None]) -> None:
         self.conversation, self.options, self._check = conversation, options, check
         self.usage = Usage()
-        self.is_cut = False
+        self.notes: list[str] = []
         self.is_cancelled = False
         self.is_over = threading.Event()
         self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the turn ended before its end, which its notes then tell."""
+        return bool(self.notes)
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -183,7 +188,8 @@ class VlmQueue:
     def _answer_batch(self, hook: Any, jobs: list[Job]) -> None:
         self._metrics.batch.observe(len(jobs))
         for job, answered in zip(jobs, hook.answer_batch([job.conversation for job in jobs]), strict=True):
-            job.usage.completion, job.is_cut = answered.new_token_count, answered.is_cut
+            job.usage.completion = answered.new_token_count
+            job.notes = cut_notes(answered, hook.model.context_length)
             self._finish(job, answered.text)
 
     def _stream(self, hook: Any, job: Job) -> None:
@@ -204,7 +210,7 @@ class VlmQueue:
         report = getattr(hook, "report", None)
         if report is not None:
             job.usage = Usage(report.prompt_token_count, report.reused_token_count, report.new_token_count)
-            job.is_cut = report.stop_reason in ("max_new_tokens", "context")
+            job.notes = cut_notes(report, hook.model.context_length)
         self._finish(job, "")
 
     def _finish(self, job: Job, text: str) -> None:
