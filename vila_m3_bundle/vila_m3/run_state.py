@@ -216,15 +216,16 @@ class RunState:
             return
         partial = self.folder / f"{target.name}.partial"
         problem = self._write(engine, partial)
+        if problem is None:
+            problem = together(lambda: self._put_in_place(partial, target) if is_main_process() else None)
         if problem is not None:
             self._give_up(partial, target, problem)
-            return
-        if is_main_process():
-            shutil.rmtree(target, ignore_errors=True)
-            partial.replace(target)
-            for old in self.checkpoints()[self.keep :]:
-                shutil.rmtree(old)
-        _wait()
+
+    def _put_in_place(self, partial: Path, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        partial.replace(target)
+        for old in self.checkpoints()[self.keep :]:
+            shutil.rmtree(old)
 
     def _write(self, engine: StageTrainer, partial: Path) -> str | None:
         """Write all files of a checkpoint, each process its own; return why that was not possible for any of them."""
@@ -328,11 +329,6 @@ def _load(tensors: dict[str, Any], path: Path) -> None:
     except CheckpointException as error:
         reasons = "; ".join(dict.fromkeys(str(failure[0]).splitlines()[0] for failure in error.failures.values()))
         raise UserError(f"checkpoint {path} cannot be read: {reasons}") from error
-
-
-def _wait() -> None:
-    if world_size() > 1:
-        dist.barrier()
 
 
 def together(act: Callable[[], Any]) -> str | None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -84,7 +84,7 @@ class StepProgress:
 
     def _end(self, engine: StageTrainer) -> None:
         seconds = time.perf_counter() - self._start
-        output: Any = engine.state.output
+        (output,) = cast(list[dict[str, Any]], engine.state.output)
         engine.state.metrics |= {
             "loss": output["loss"],
             "lr": engine.optimizer.param_groups[0]["lr"],
@@ -168,13 +168,21 @@ class GeneratedValidation:
         return step % (self.step_interval or 1) == 0 and step % (engine.state.epoch_length or step) != 0
 
     def __call__(self, engine: StageTrainer) -> None:
-        """Validate, write the samples, set the metrics."""
+        """Validate, write the samples, set the metrics.
+
+        Raises:
+            UserError: if there is nothing to generate, or the samples cannot be written.
+        """
         if self.dataset is not None:
             with engine.average.applied(), generating(engine.network):
                 held = self._gather(self._look(engine, self.dataset), engine)
             engine.state.metrics |= self._metrics(held)
-            if is_main_process():
-                self._write(held.rows, engine)
+            problem = together(lambda: self._write(held.rows, engine) if is_main_process() else None)
+            if problem is not None:
+                raise UserError(
+                    f"{self.folder} could not be written ({problem}); make room and start again, the training goes on "
+                    "from its last checkpoint"
+                )
         engine.fire_event(ValidationEvents.VALIDATED)
 
     def _look(self, engine: StageTrainer, dataset: MixtureDataset) -> _Held:

@@ -452,8 +452,11 @@ class StageTrainer(Trainer):
             decollate=False,
         )
 
-    def _iteration(self, engine: Engine, micros: list[MicroBatch]) -> dict[str, Any]:
-        """Make one step; the output has ``loss``, ``grad_norm`` and counts of this process's tokens and images."""
+    def _iteration(self, engine: Engine, micros: list[MicroBatch]) -> list[dict[str, Any]]:
+        """Make one step; the output has ``loss``, ``grad_norm`` and counts of this process's tokens and images.
+
+        It is a list of one, as MONAI's handlers take the loss from the first of a decollated batch.
+        """
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
         counts = self._gather([float(sum(map(supervised_count, micros))), float(len(micros))])
@@ -475,7 +478,7 @@ class StageTrainer(Trainer):
             self._refuse(f"the loss is {loss}")
         else:
             output["grad_norm"] = self._update()
-        return output
+        return [output]
 
     def _backward(self, micros: list[MicroBatch], count: float) -> float:
         total = 0.0

@@ -98,7 +98,7 @@ def main(
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: scheduler.step())
     state.attach(trainer)
     losses: list[float] = []
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output["loss"]))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output[0]["loss"]))
     if kill_after:
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=kill_after), lambda: _end(mode))  # behind the saving
     trainer.run()

@@ -1,6 +1,5 @@
 """Small conversations on disk and trainings on them."""
 
-import json
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Events
 from PIL import Image
 
 from vila_m3.batches import MixtureDataset, PictureGroups, StepBatches, StepCollator, make_loader, open_mixture
@@ -102,6 +102,7 @@ def start(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, tmp_pa
         learning_rate: float = 1e-3,
         data: MixtureDataset | None = None,
         group_size: int | None = None,
+        ema_decay: float | None = 0.999,
         **keywords: Any,
     ) -> StageTrainer:
         torch.manual_seed(0)
@@ -112,7 +113,7 @@ def start(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset, tmp_pa
         sampler = StepBatches(groups, step_size, epochs)
         optimizer = torch.optim.AdamW(trained_parameters(network), lr=learning_rate, weight_decay=0.0)
         scheduler = cosine_schedule(optimizer, len(sampler))
-        average = WeightAverage(network)
+        average = WeightAverage(network, ema_decay)
         state_handlers = []
         if folder is not None:
             state_handlers.append(
@@ -140,8 +141,6 @@ class Stepper:
         self.scheduler = scheduler
 
     def attach(self, engine: Any) -> None:
-        from ignite.engine import Events
-
         engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.scheduler.step())
 
 
@@ -153,12 +152,10 @@ class Losses:
         self.last = last
 
     def attach(self, engine: Any) -> None:
-        from ignite.engine import Events
-
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        self.values[engine.state.iteration] = engine.state.output["loss"]
+        self.values[engine.state.iteration] = engine.state.output[0]["loss"]
         if engine.state.iteration == self.last:
             raise KeyboardInterrupt
 
@@ -170,32 +167,11 @@ class Stop:
         self.last = last
 
     def attach(self, engine: Any) -> None:
-        from ignite.engine import Events
-
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
         if engine.state.iteration == self.last:
             raise RuntimeError("stopped by the test")
-
-
-class Tracker:
-    """Stands for a tracking handler of MONAI: loss of every step, metrics of every epoch."""
-
-    def __init__(self, file: str) -> None:
-        self.file = Path(file)
-        self.found: dict[str, Any] = {"losses": [], "metrics": {}}
-
-    def attach(self, engine: Any) -> None:
-        from ignite.engine import Events
-        from monai.handlers import from_engine
-
-        loss = from_engine(["loss"], first=True)
-        engine.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda: self.found["losses"].append(loss(engine.state.output))
-        )
-        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.found["metrics"].update(engine.state.metrics))
-        engine.add_event_handler(Events.COMPLETED, lambda: self.file.write_text(json.dumps(self.found)))
 
 
 class FullDisk:
@@ -207,8 +183,6 @@ class FullDisk:
         self.rank = rank
 
     def attach(self, engine: Any) -> None:
-        from ignite.engine import Events
-
         engine.add_event_handler(Events.ITERATION_STARTED, self)
 
     def __call__(self, engine: Any) -> None:

@@ -137,6 +137,15 @@ def test_a_full_disk_leaves_the_best_model(
     assert sorted(path.name for path in tmp_path.glob("best*")) == ["best"]
 
 
+def test_samples_that_cannot_be_written_end_the_training_with_a_message(
+    start: Any, tmp_path: Path, model: Any, dataset: Any, processor: Any
+) -> None:
+    (tmp_path / "samples").write_text("a file in the folder's place")
+    validation = GeneratedValidation(model, processor, dataset, tmp_path / "samples", count=1, max_new_tokens=2)
+    with pytest.raises(UserError, match=r"samples could not be written \(File exists\); make room and start again"):
+        start(handlers=[validation]).run()
+
+
 @pytest.mark.slow
 def test_a_really_full_file_system_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     """A tmpfs with room for two and a half checkpoints, mounted in a name space of its own."""
@@ -269,14 +278,14 @@ def test_other_batches_do_not_go_on_with_a_checkpoint(start: Any) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """``kill -9`` after two random steps of one training, and once while a checkpoint is written."""
+    """``kill -9`` after three random steps of one training, and once while a checkpoint is written."""
     seed = int(os.environ.get("VILA_M3_KILL_SEED", time.time_ns() % 10_000))
-    first, second = sorted(random.Random(seed).sample(range(1, 7), 2))
-    print(f"killed after steps {first} and {second}; VILA_M3_KILL_SEED={seed} kills there again")
+    steps = sorted(random.Random(seed).sample(range(1, 7), 3))
+    print(f"killed after steps {steps}; VILA_M3_KILL_SEED={seed} kills there again")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [sys.executable, str(SCRIPT)]
     subprocess.run([*run, tmp_path / "straight", "0"], check=True, env=environment)
-    for step in (first, second):
+    for step in steps:
         killed = subprocess.run([*run, tmp_path / "killed", str(step)], env=environment)
         assert killed.returncode == -signal.SIGKILL
     kill_while_writing([*run, str(tmp_path / "killed"), "0"], tmp_path / "killed/state", environment)

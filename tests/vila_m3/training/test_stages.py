@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import Losses, open_records, write_phantoms, write_records
+from small_training import open_records, write_phantoms, write_records
 
 from vila_m3.batches import StepCollator
 from vila_m3.checkpoint import load_checkpoint, load_processor
@@ -239,27 +239,45 @@ def test_the_known_trackings_add_their_handler_to_every_stage(repository: Path, 
         assert workflow.parser["records#trainer#train_handlers"] == "$@records#handlers + @train#handlers"
 
 
-def test_tracking_reaches_the_stages(run_stage: Any, tmp_path: Path) -> None:
-    """MONAI adds the handlers of a tracking config to ``train#handlers``; its MLflow default has the same ids."""
-    tracking = {
-        "handlers_id": {"trainer": {"id": "train#trainer", "handlers": "train#handlers"}},
-        "configs": {
-            "save_execute_config": False,
-            "trainer": {"_target_": "small_training.Tracker", "file": str(tmp_path / "tracked.json")},
-        },
-    }
-    (tmp_path / "tracking.json").write_text(json.dumps(tracking))
-    run_stage("train_stage3_instruct", tmp_path / "start", tracking=str(tmp_path / "tracking.json"))
-    tracked = json.loads((tmp_path / "tracked.json").read_text())
-    assert len(tracked["losses"]) == 6
-    assert {"loss", "lr", "tokens/s", "exact_match", "held_out_loss"} <= set(tracked["metrics"])
+def test_tensorboard_has_every_steps_loss_and_every_epochs_metrics(
+    run_stage: Any, tmp_path: Path, repository: Path
+) -> None:
+    """Two epochs of three steps, read back by TensorBoard's own reader."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracking = str(repository / "vila_m3_bundle/configs/tracking_tensorboard.json")
+    run_stage("train_stage3_instruct", tmp_path / "start", tracking=tracking)
+    found = EventAccumulator(str(tmp_path / "train_stage3_instruct/ckpt/tensorboard")).Reload()
+    assert [event.step for event in found.Scalars("train_loss")] == [1, 2, 3, 4, 5, 6]
+    for name in ("lr", "tokens/s", "exact_match"):
+        assert [event.step for event in found.Scalars(name)] == [1, 2]
+    card = json.loads((tmp_path / "train_stage3_instruct/model/model_card.json").read_text())
+    losses = {event.step: event.value for event in found.Scalars("held_out_loss")}
+    assert losses[card["epoch"]] == pytest.approx(card["metrics"]["held_out_loss"])
+
+
+@pytest.mark.slow
+def test_mlflow_has_every_steps_loss_and_every_epochs_metrics(run_stage: Any, tmp_path: Path) -> None:
+    """MONAI's own settings: a SQLite file in ``output_dir``, and one finished run."""
+    mlflow = pytest.importorskip("mlflow", reason="mlflow, an optional package, is not installed (pip install mlflow)")
+    run_stage("train_stage3_instruct", tmp_path / "start", tracking="mlflow", output_dir=str(tmp_path / "tracked"))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/tracked/mlruns.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("monai_experiment").experiment_id])
+    assert run.info.status == "FINISHED"
+
+    def steps(name: str) -> list[int]:
+        return [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+
+    assert steps("train_loss") == [1, 2, 3, 4, 5, 6]
+    assert steps("held_out_loss") == steps("exact_match") == [1, 2]
 
 
 @pytest.mark.slow
 def test_thirty_two_mixed_conversations_are_learnt_by_heart(start: Any, tmp_path: Path, processor: Any) -> None:
     """CT, MRI, CXR, VQA and text; greedy generation gives every turn to the letter."""
     data = open_records(write_records(tmp_path / "more", range(32)), processor, cache_gib=1.0)
-    trainer = start(data=data, epochs=150, step_size=16, pack_length=2048, learning_rate=6e-3, handlers=[Losses()])
+    options = {"epochs": 150, "step_size": 16, "pack_length": 2048, "learning_rate": 6e-3, "ema_decay": None}
+    trainer = start(data=data, **options)
     trainer.run()
     validation = GeneratedValidation(trainer.network.model, processor, data, tmp_path / "samples")
     validation.attach(trainer)
