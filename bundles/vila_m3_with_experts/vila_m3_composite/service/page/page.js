@@ -18,6 +18,10 @@ const COLUMNS = [
   ["perpendicular_diameter_mm", "perp. mm"], ["mean_hu", "mean HU"], ["side", "side"], ["largest_slice", "largest in"],
   ["probability", "probability"], ["threshold", "threshold"],
 ];
+// Digits that are shown behind the point; the results to download have all.
+const DIGITS = {
+  volume_ml: 2, longest_diameter_mm: 1, perpendicular_diameter_mm: 1, mean_hu: 0, probability: 2, threshold: 2,
+};
 
 const state = { study: null, axis: 2, index: 0, overlay: null, messages: [], asked: null, notes: new Set(), conversation: null, abort: null, model: "" };
 const pictures = new Map(); // address -> promise of an object URL
@@ -415,20 +419,24 @@ function table(rows) {
   const made = element("table");
   const head = element("tr");
   const isFindings = rows.some((row) => row.threshold !== undefined);
-  head.append(...columns.map(([key, title]) => element("th", key === "name" && isFindings ? "finding" : title)));
+  const isNumber = (value) => typeof value === "number";
+  head.append(...columns.map(([key, title]) => {
+    const kind = rows.some((row) => isNumber(row[key])) ? "number" : "";
+    return element("th", key === "name" && isFindings ? "finding" : title, kind);
+  }));
   made.append(head);
   for (const row of rows) {
     const line = element("tr", "", row.probability > row.threshold ? "present" : "");
     for (const [key] of columns) {
       const value = row[key];
-      const cell = element("td", "", typeof value === "number" ? "number" : "");
+      const cell = element("td", "", isNumber(value) ? "number" : "");
       if (key === "largest_slice" && value !== undefined) {
         const button = element("button", String(value));
         button.type = "button";
         button.onclick = () => goTo(row);
         cell.append(button);
       } else if (value !== undefined && value !== null) {
-        cell.textContent = key === "probability" || key === "threshold" ? value.toFixed(2) : String(value);
+        cell.textContent = key in DIGITS ? value.toFixed(DIGITS[key]) : String(value);
       }
       line.append(cell);
     }
