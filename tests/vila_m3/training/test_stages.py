@@ -1,6 +1,7 @@
 """The stage configs, run as a user runs them, on a tiny checkpoint and conversations about phantoms."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def data(tmp_path: Path, maker: ConversationMaker, cards: str) -> Path:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, maker: ConversationMaker, cards: str) -> Path:
     """Twenty-four conversations to train on; twelve others, about other phantoms, held out."""
-    folder = tmp_path / "data"
+    folder = tmp_path_factory.mktemp("data")
     write_phantoms(folder / "train.jsonl", maker, range(24))
     others = ConversationMaker(build_pool(1, first_seed=9900, show_progress=False), cards)
     write_phantoms(folder / "held_out.jsonl", others, range(50_000, 50_012))
@@ -121,11 +122,25 @@ def test_the_model_card_records_data_configuration_revision_and_metrics(
     assert card["revision"] is None or len(card["revision"]) == 40
 
 
+@pytest.mark.parametrize("layout", [".", "one_folder"])
+def test_inference_takes_what_comes_out(
+    run_stage: Any, tmp_path: Path, repository: Path, cxr_file: Path, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from monai.bundle import run
+
+    folder = run_stage("train_stage3_instruct", tmp_path / "start", epochs=1)
+    config = str(repository / "vila_m3_bundle/configs/inference.json")
+    asked = {"image": str(cxr_file), "question": "Any effusion?", "device": "cpu", "max_new_tokens": 3}
+    run(config_file=config, checkpoint=str(folder / layout), logging_file=False, **asked)
+    assert "user: Any effusion?\nassistant: " in capsys.readouterr().out
+
+
 def test_stage_four_takes_its_conversations_from_a_mixture(run_stage: Any, tmp_path: Path, data: Path) -> None:
     """Eleven of the rows twice and all others once: 4 + 3 steps of 4 (what does not fill a step is left out)."""
-    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
-    (data / "few.jsonl").write_text("".join(lines[:11]))
-    (data / "many.jsonl").write_text("".join(lines[11:24]))
+    root = shutil.copytree(data, tmp_path / "mixed")
+    lines = (root / "train.jsonl").read_text().splitlines(keepends=True)
+    (root / "few.jsonl").write_text("".join(lines[:11]))
+    (root / "many.jsonl").write_text("".join(lines[11:24]))
     sets = {"few": {"files": ["few.jsonl"], "repeats": 2}, "many": {"files": ["many.jsonl"]}}
     config = {
         "data_root": "nowhere",
@@ -139,7 +154,7 @@ def test_stage_four_takes_its_conversations_from_a_mixture(run_stage: Any, tmp_p
         tmp_path / "start",
         train_files=[],
         mixture_config=str(tmp_path / "mixture.json"),
-        data_root=str(data),
+        data_root=str(root),
         batch_size=4,
         epochs=1,
     )
