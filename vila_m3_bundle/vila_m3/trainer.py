@@ -219,15 +219,15 @@ def arithmetic(name: str, device: str | torch.device) -> torch.dtype:
 
     Args:
         name: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 where the device multiplies it faster.
-        device: an accelerator, or a CPU, most of which have no instructions for it.
+        device: an accelerator, or a CPU, of which those with AMX or AVX-512 BF16 have instructions for it.
 
     Raises:
         UserError: for an unknown name.
     """
     if check_choice(name, ("auto", *DTYPES), "amp_dtype") != "auto":
         return DTYPES[name]
-    is_fast = torch.device(device).type != "cpu" or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if is_fast else torch.float32
+    is_fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_fast or torch.device(device).type != "cpu" else torch.float32
 
 
 def learner(

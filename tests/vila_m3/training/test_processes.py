@@ -60,6 +60,7 @@ class Launch:
             # Adam would make a step of the learning rate out of the rounding error of a gradient that is 0.
             "records#optimizer#_target_": "torch.optim.SGD",
             "records#optimizer#fused": False,
+            "amp_dtype": "float32",
             "learning_rate": 0.3,
             "epochs": 1,
             "batch_size": 4,

@@ -28,6 +28,7 @@ SMALL = {
     "val_count": 2,
     "val_new_tokens": 4,
     "device": "cpu",
+    "amp_dtype": "float32",
     "logging_file": False,
 }
 
@@ -128,7 +129,7 @@ def test_inference_takes_what_comes_out(
 ) -> None:
     from monai.bundle import run
 
-    folder = run_stage("train_stage3_instruct", tmp_path / "start", epochs=1)
+    folder = run_stage("train_stage3_instruct", tmp_path / "start", epochs=1, amp_dtype="bfloat16")
     config = str(repository / "vila_m3_bundle/configs/inference.json")
     asked = {"image": str(cxr_file), "question": "Any effusion?", "device": "cpu", "max_new_tokens": 3}
     run(config_file=config, checkpoint=str(folder / layout), logging_file=False, **asked)

@@ -331,8 +331,9 @@ def test_a_gradient_that_is_no_number_stops_the_training(start: Any) -> None:
 def test_arithmetic_is_bfloat16_only_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arithmetic("auto", "cuda") is torch.bfloat16
     assert arithmetic("bfloat16", "cpu") is torch.bfloat16
-    for is_fast, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda is_fast=is_fast: is_fast)
-        assert arithmetic("auto", "cpu") is expected
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert arithmetic("auto", "cpu") is (torch.bfloat16 if amx or avx else torch.float32)
     with pytest.raises(UserError, match="unknown amp_dtype 'bfloat'; did you mean 'bfloat16'"):
         arithmetic("bfloat", "cpu")

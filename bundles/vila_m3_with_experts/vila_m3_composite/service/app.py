@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def create_app(composite: Any, settings: Settings, sweep_seconds: float = _SWEEP
     Args:
         composite: an opened :class:`vila_m3_composite.app.Composite`; the caller closes it.
         settings: see :class:`.settings.Settings`.
-        sweep_seconds: how often files are looked through for those to erase.
+        sweep_seconds: how often files are looked through for those to erase, and free memory is given back.
     """
     service = ChatService(composite, settings)
     # A picture whose header lies is refused by Pillow at twice this size.
@@ -86,3 +87,11 @@ async def _sweep(service: ChatService, seconds: float) -> None:
             await asyncio.to_thread(service.sweep)
         except Exception:
             logger.exception("old files could not be erased")
+        await asyncio.to_thread(_return_memory)
+
+
+def _return_memory() -> None:
+    """Give back what was freed: the C library keeps it for each of many threads, and the process would seem to grow."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
