@@ -36,7 +36,7 @@ class ScriptedVlm:
     """Says what the words of the last question ask for, and keeps what it was shown.
 
     ``CALL`` triggers the expert, ``REPORT`` reports with it, ``TWICE`` triggers again after the first feedback,
-    ``SLOW`` writes many words with pauses, ``WAIT`` holds the VLM for a moment, ``BREAK`` fails.
+    ``SLOW`` writes many words with pauses, ``WAIT`` holds the VLM until it may go on, ``BREAK`` fails.
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,7 @@ class ScriptedVlm:
         self.shown: Sequence[np.ndarray] = ()
         self.batches: list[int] = []
         self.abandoned = threading.Event()
+        self.go_on = threading.Event()
 
     @property
     def hook(self) -> "ScriptedVlm":
@@ -87,7 +88,7 @@ class ScriptedVlm:
         last = conversation.turns[-1]
         question = last.text.rpartition("\n")[2]
         if "WAIT" in question:
-            time.sleep(0.5)
+            self.go_on.wait(20)
         if "BREAK" in question:
             raise RuntimeError("an internal secret")
         if last.role == "expert":

@@ -3,6 +3,7 @@
 import base64
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,9 +278,18 @@ def test_models_are_listed_with_their_experts(scripted: Running) -> None:
         scripted.client().models.retrieve("other")
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end, "waited for 20 s"
+        time.sleep(0.01)
+
+
 def ask_together(scripted: Running, **options: Any) -> dict[int, Any]:
-    """While a slow turn holds the VLM, six others gather, and are answered in one batch."""
-    scripted.composite.vlm.batches.clear()
+    """While a turn holds the VLM, six others gather, and are answered in one batch."""
+    vlm, queue = scripted.composite.vlm, scripted.service.vlm
+    vlm.batches.clear()
+    vlm.go_on.clear()
     found: dict[int, Any] = {}
 
     def work(number: int) -> None:
@@ -287,13 +297,15 @@ def ask_together(scripted: Running, **options: Any) -> dict[int, Any]:
 
     holder = threading.Thread(target=answer, args=(scripted, [{"role": "user", "content": "WAIT"}]))
     holder.start()
-    time.sleep(0.2)
+    wait_until(lambda: any("WAIT" in texts[-1] for texts in vlm.seen[-1:]))
     threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
+    wait_until(lambda: len(queue._jobs) == 6)
+    vlm.go_on.set()
     for thread in [holder, *threads]:
         thread.join()
-    assert max(scripted.composite.vlm.batches) >= 4
+    assert vlm.batches == [6]
     return found
 
 

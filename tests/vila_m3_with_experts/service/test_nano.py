@@ -77,21 +77,21 @@ def test_a_page_of_another_name_is_refused(nano: Any) -> None:
     assert refused.status_code == 400
 
 
-def test_a_full_disk_is_told_and_overcome(nano: Any, ct_file: Path) -> None:
+def test_a_full_disk_is_told_and_overcome(nano: Any, cxr_file: Path) -> None:
     """The kernel refuses the process every file above 4 KiB, for a while."""
-    part = upload(nano, ct_file)
+    part = upload(nano, cxr_file)
     pid = nano.process.pid
     soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        refused = httpx.post(f"{nano.url}/v1/files", files={"file": ("a.nii.gz", ct_file.read_bytes())}, timeout=60)
-        told = ask(nano, "Is there a hepatic tumor?", [part])
+        refused = httpx.post(f"{nano.url}/v1/files", files={"file": ("a.png", cxr_file.read_bytes())}, timeout=60)
+        told = ask(nano, "Is there a pneumothorax?", [part])
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
     assert (refused.status_code, refused.json()["error"]["code"]) == (507, "insufficient_storage")
     assert [call["is_error"] for call in experts(told)] == [True]
-    assert upload(nano, ct_file)
-    assert [call["is_error"] for call in experts(ask(nano, "Is there a hepatic tumor?", [part]))] == [False]
+    assert upload(nano, cxr_file)
+    assert [call["is_error"] for call in experts(ask(nano, "Is there a pneumothorax?", [part]))] == [False]
 
 
 @pytest.mark.parametrize("sampled", [0, 1.0])
