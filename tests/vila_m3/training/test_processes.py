@@ -58,8 +58,11 @@ class Launch:
             "ckpt_dir": str(self.folder / out / "ckpt"),
             "device": "cpu",
             # Adam would make a step of the learning rate out of the rounding error of a gradient that is 0.
-            "records#optimizer#_target_": "torch.optim.SGD",
-            "records#optimizer#fused": False,
+            "records#optimizer": {
+                "_target_": "torch.optim.SGD",
+                "params": {"_target_": "vila_m3.trainer.trained_parameters", "network": "@records#learner"},
+                "lr": "@learning_rate",
+            },
             "amp_dtype": "float32",
             "learning_rate": 0.3,
             "epochs": 1,
