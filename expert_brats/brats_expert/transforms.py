@@ -17,10 +17,10 @@ from monai.transforms import (
     MapTransform,
     Orientationd,
     RandomizableTransform,
-    Spacingd,
 )
 
 from vila_m3_common.errors import UserError
+from vila_m3_common.spacing import SpacingBesideTextd
 from vila_m3_common.volumes import Volume
 
 from .labels import REGIONS, labels_to_regions, region_ids, regions_to_labels
@@ -114,7 +114,7 @@ def network_grid(
     return Compose(
         [
             Orientationd(keys=keys, axcodes="RAS", labels=None),
-            Spacingd(keys=keys, pixdim=(spacing,) * 3, mode=modes, dtype=torch.float32),
+            SpacingBesideTextd(keys=keys, pixdim=(spacing,) * 3, mode=modes, dtype=torch.float32),
             CropForegroundd(keys=keys, source_key=keys[0], margin=1),
         ]
     )

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vila_m3_common.training import bfloat16
 
-from .labels import MARKED_OBJECT, has_class_prompt
+from .labels import DEFAULT_GROUP, MARKED_OBJECT, argument_ids, has_class_prompt
 from .network import class_vectors, image_features
 from .points import PointPrompt, points_on_grid, segment_points
 from .slabs import features_in_slabs
@@ -74,7 +74,7 @@ class PromptInferer(Inferer):
         self,
         inputs: torch.Tensor,
         network: VISTA3D,
-        label_ids: Sequence[int],
+        label_ids: Sequence[int] | None = None,
         points: torch.Tensor | None = None,
         point_labels: Sequence[int] = (),
         *args: Any,
@@ -85,7 +85,8 @@ class PromptInferer(Inferer):
         Args:
             inputs: ``(1, 1, X, Y, Z)``, intensities scaled to 0..1.
             network: any VISTA3D.
-            label_ids: class prompts, without parent classes. With points: the marked class, or nothing.
+            label_ids: class prompts, without parent classes; None takes those of ``everything``. With points: the
+                marked class, or nothing.
             points: ``(1, N, 3)``, voxel indices of ``inputs``.
             point_labels: 1 (inside) or 0 (outside) for each point.
 
@@ -96,10 +97,11 @@ class PromptInferer(Inferer):
         """
         volume = convert_to_tensor(inputs[:1], track_meta=False)
         if points is None:
+            label_ids = argument_ids(DEFAULT_GROUP) if label_ids is None else label_ids
             ids = torch.tensor(list(label_ids), dtype=torch.uint8, device=volume.device)
             labels = self._sweep(volume, network, label_ids, partial(best_labels, ids=ids), torch.uint8)
         else:
-            labels = self._mark(volume, network, label_ids, points, point_labels)
+            labels = self._mark(volume, network, label_ids or (), points, point_labels)
         return convert_to_dst_type(labels[None, None], inputs, dtype=torch.uint8)[0]
 
     def _mark(

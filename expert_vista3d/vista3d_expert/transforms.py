@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, Spacingd
+from monai.transforms import MapTransform
 from monai.transforms.transform import Transform
 from monai.utils import convert_to_dst_type
 from scipy import ndimage
@@ -52,19 +52,6 @@ class ReadPromptd(Transform):
             ids = argument_ids(DEFAULT_GROUP) if prompt is None else prompt_ids(prompt, self.new_classes)
         others = {key: value for key, value in data.items() if key not in ("points", "point_labels")}
         return {**others, "label_prompt": json.dumps(ids), "clicks": clicks.to_json() if clicks else ""}
-
-
-class SpacingBesideTextd(Spacingd):
-    """MONAI's ``Spacingd`` for items that also carry text.
-
-    ``Spacingd`` of MONAI 1.6 takes every entry named ``image_...`` for a metadata mapping and fails on
-    the plain ``image_path`` that MONAI Label passes in.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        """Resample the tensors, leave the text as it is."""
-        without_text = {key: value for key, value in data.items() if not isinstance(value, str)}
-        return {**data, **super().__call__(without_text, lazy)}
 
 
 class MapClassesd(MapTransform):

@@ -6,6 +6,7 @@ from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 
 from vista3d_expert.inferer import PromptInferer, best_labels, project, window_starts
+from vista3d_expert.labels import argument_ids
 from vista3d_expert.network import class_vectors, image_features
 
 LABELS = [1, 3, 26, 33, 118]
@@ -50,6 +51,12 @@ def test_logits_from_features_and_vectors_are_those_of_the_network(network):
         whole = network(window, class_vector=torch.tensor(LABELS)[:, None])
         parts = torch.einsum("kc,bcxyz->kbxyz", class_vectors(network, LABELS), image_features(network, window))
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_without_prompts_everything_is_segmented(network, volume):
+    """MONAI Label's stock app calls an inferer with the image and the network only."""
+    inferer = PromptInferer((24, 24, 32))
+    assert torch.equal(inferer(volume, network), inferer(volume, network, label_ids=argument_ids("everything")))
 
 
 def test_single_prompt_works(network, volume):

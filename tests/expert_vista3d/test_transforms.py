@@ -3,15 +3,13 @@
 import json
 import re
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import LoadImage
 
 from vila_m3_common.errors import UserError
-from vista3d_expert.transforms import MapClassesd, ReadPromptd, RemoveSmallTumorsd, SpacingBesideTextd
+from vista3d_expert.transforms import MapClassesd, ReadPromptd, RemoveSmallTumorsd
 
 
 def label_map(labels, spacing=2.0):
@@ -29,15 +27,6 @@ def test_item_without_prompt_gets_everything():
 def test_unknown_class_in_an_item_is_a_user_error():
     with pytest.raises(UserError, match="did you mean 'spleen'"):
         ReadPromptd()({"label_prompt": "spleeen"})
-
-
-def test_resampling_leaves_plain_text_entries_alone(tmp_path):
-    path = tmp_path / "ct.nii.gz"
-    nib.save(nib.Nifti1Image(np.zeros((6, 6, 6), np.float32), np.diag([2.0, 2, 2, 1])), path)
-    image = LoadImage(ensure_channel_first=True)(path)
-    item = SpacingBesideTextd("image", pixdim=(1.0, 1.0, 1.0))({"image": image, "image_path": str(path)})
-    assert item["image"].shape == (1, 11, 11, 11)
-    assert item["image_path"] == str(path)
 
 
 def test_small_tumor_takes_the_label_around_it():

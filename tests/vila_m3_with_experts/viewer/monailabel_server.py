@@ -116,7 +116,7 @@ def start(
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     log = work / "server.log"
     settings = {
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
         "HOME": str(work),
         "MONAI_LABEL_AUTO_UPDATE_SCORING": "false",
         "HF_HUB_OFFLINE": "1",
