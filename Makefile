@@ -18,7 +18,7 @@ PACKAGES := $(wildcard */*/__init__.py bundles/*/*/__init__.py)
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve monailabel monailabel-venv train-nano evaluate-nano test test-slow check format zips bench clean
+.PHONY: help venv demo serve monailabel monailabel-venv train-nano evaluate-nano ablations test test-slow check format zips bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,7 +48,11 @@ train-nano: venv  ## train the nano model from DATA= through all stages into WOR
 
 evaluate-nano: venv  ## measure the trained nano model of WORK= on the test sets, triggers and phantoms
 	$(BIN)/python -m monai.bundle run --config_file bundles/vila_m3_with_experts/configs/evaluate_nano.json \
-	    --data $(abspath $(DATA)) --checkpoint $(abspath $(WORK))/released --work $(abspath $(WORK))/evaluation
+	    --data $(abspath $(DATA)) --trained $(abspath $(WORK))
+
+ablations: venv  ## train and measure variants of nano, three seeds each, after train-nano and evaluate-nano
+	$(BIN)/python -m monai.bundle run --config_file bundles/vila_m3_with_experts/configs/ablations.json \
+	    --data $(abspath $(DATA)) --trained $(abspath $(WORK)) --evaluated $(abspath $(WORK))/evaluation --work $(abspath $(WORK))/ablations
 
 monailabel-venv: $(VIEWER_VENV)/.packages  ## create the environment of MONAI Label, .venv-monailabel
 

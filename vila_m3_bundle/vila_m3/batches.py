@@ -380,7 +380,7 @@ class StepCollator:
         pack_length: tokens of a row that holds several conversations and is a micro-batch of its own (a longer
             conversation has a row for itself); None gives each conversation a row, padded to the longest.
         shares_pictures: whether conversations of a group share their pictures and what they begin with, in a row of
-            their own (see :func:`share_items`); ``pack_length`` is then not read.
+            their own (see :func:`share_items`). A group with more than ``pack_length`` tokens has several rows then.
     """
 
     def __init__(self, micro_batch_size: int, pack_length: int | None = None, shares_pictures: bool = False) -> None:
@@ -391,12 +391,21 @@ class StepCollator:
     def __call__(self, groups: Sequence[Encoded | list[Encoded]]) -> list[MicroBatch]:
         """Return micro-batches as :func:`pad_items`, :func:`pack_items` or :func:`share_items` make them."""
         if self.shares_pictures:
-            rows = [SharedRow.of(group if isinstance(group, list) else [group]) for group in groups]
-            rows.sort(key=lambda row: len(row.input_ids))
-            size = self.micro_batch_size
-            return [share_items(rows[start : start + size]) for start in range(0, len(rows), size)]
+            return self._share([group if isinstance(group, list) else [group] for group in groups])
         items = [item for group in groups for item in (group if isinstance(group, list) else [group])]
         return self._split(items)
+
+    def _share(self, groups: Sequence[list[Encoded]]) -> list[MicroBatch]:
+        parts = [part for group in groups for part in split_group(group, self.pack_length)]
+        rows = sorted(map(SharedRow.of, parts), key=lambda row: len(row.input_ids))
+        batches: list[list[SharedRow]] = []
+        for row in rows:
+            first = batches[-1][0] if batches else row
+            is_alike = len(row.input_ids) <= LIKE_LENGTH * len(first.input_ids)
+            if not batches or len(batches[-1]) == self.micro_batch_size or not is_alike:
+                batches.append([])
+            batches[-1].append(row)
+        return [share_items(batch) for batch in batches]
 
     def _split(self, items: Sequence[Encoded]) -> list[MicroBatch]:
         if self.pack_length is not None:
@@ -437,6 +446,25 @@ def pack_items(items: Sequence[Encoded], width: int) -> MicroBatch:
         "position_ids": pad_rows([torch.cat([torch.arange(len(i.input_ids)) for i in row]) for row in rows], -1),
         "pixel_values": torch.cat([item.pixel_values for row in rows for item in row]),
     }
+
+
+# How much longer than the shortest the longest row of a micro-batch of shared rows may be.
+LIKE_LENGTH = 1.25
+
+
+def split_group(items: Sequence[Encoded], longest: int | None) -> list[list[Encoded]]:
+    """Cut a group into pieces whose shared rows have at most ``longest`` tokens, or one conversation each."""
+    start = _shared_start(items)
+    pieces: list[list[Encoded]] = []
+    used = 0
+    for item in items:
+        rest = len(item.input_ids) - start
+        if not pieces or (longest is not None and start + used + rest > longest):
+            pieces.append([])
+            used = 0
+        pieces[-1].append(item)
+        used += rest
+    return pieces
 
 
 @dataclass(frozen=True)

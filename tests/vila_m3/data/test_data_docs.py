@@ -104,9 +104,20 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "usmle": ("test", {"test.jsonl": USMLE}),
     "table": ("test", {"questions.csv": "image,question,answer\nscan/a.png,Q?,yes\n", "scan/a.png": None}),
+    "nih": (
+        "train",
+        {"labels.csv": "Image Index,Finding Labels,Patient ID\na.png,Mass|Effusion,1\n", "a.png": None},
+    ),
+    "phantom": ("train", {}),
+    "without_expert": ("train", {"phantom_train.jsonl": PREDICTED, "d.jpg": None}),
     "openi": ("all", {"1.xml": '<e><uId id="C1"/><AbstractText Label="FINDINGS">Clear.</AbstractText></e>'}),
 }
+# What makes one row where there would be more.
+ONE_ROW = {"nih": {"row_limit": 1}, "phantom": {"row_limit": 1, "options#volume_count": 1}}
 ANSWERS = {
+    "nih": "no",
+    "phantom": "This is a chest x-ray.",
+    "without_expert": "Clear.",
     "slake": "CT",
     "vqa_rad": "yes",
     "vqa_rad_all": "yes",
@@ -153,6 +164,8 @@ def test_documented_overlay_converts_a_small_release(tmp_path: Path, names: str)
     parser.read_config([str(CONFIGS / "prepare_data.json"), *(str(CONFIGS / f"data/{name}.json") for name in overlays)])
     own = {"predictions": str(tmp_path / "in/predictions")} if "predictions" in parser.config else {}
     parser.update({"source": str(tmp_path / "in"), "split": split, "output_dir": str(tmp_path / "out"), **own})
+    parser.update(ONE_ROW.get(names, {}))
+    (tmp_path / "in").mkdir(exist_ok=True)
     parser.get_parsed_content("run")
     [output] = (tmp_path / "out").glob(f"*_{split}.jsonl")
     assert output.name == f"{parser.config['dataset']}_{split}.jsonl"

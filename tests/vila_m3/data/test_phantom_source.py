@@ -55,10 +55,11 @@ def test_splits_share_no_picture_and_no_wording(records: list[Record], cards: st
     others = write(tmp_path, cards, "validate")
     names = [{Path(name).name for record in part for name in record.images} for part in (records, others)]
     assert not names[0] & names[1]
-    counted = [record for record in others if record.metadata["question_type"] == "count"]
-    asked = [message.text for record in counted for message in record.messages[3:] if message.role == "user"]
-    assert asked
-    assert all(map(is_held_out, asked))
+    counted = [record for record in others if record.metadata["question_type"] in ("count", "size")]
+    assert len(counted) == 8
+    for record in counted:
+        first, *later = [message.text for message in record.messages if message.role == "user"]
+        assert all(map(is_held_out, [first.removeprefix(cards).partition("\n")[2], *later]))
 
 
 def test_a_count_is_that_of_the_measurements_or_else_of_the_slice(studies: list[CountedSlice]) -> None:

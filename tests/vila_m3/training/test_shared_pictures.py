@@ -9,7 +9,16 @@ import torch
 from small_training import Losses, Start, open_records, write_records
 
 from vila_m3.augmentation import Augmentation
-from vila_m3.batches import MixtureDataset, PictureGroups, SharedRow, StepBatches, pad_items, share_items
+from vila_m3.batches import (
+    MixtureDataset,
+    PictureGroups,
+    SharedRow,
+    StepBatches,
+    StepCollator,
+    pad_items,
+    share_items,
+    split_group,
+)
 from vila_m3.configuration import IGNORED_LABEL
 from vila_m3.data.record import Message, Record, format_row
 from vila_m3.model import VilaM3ForConditionalGeneration
@@ -76,6 +85,23 @@ def test_a_group_encodes_its_picture_once_and_writes_its_beginning_once(processo
     assert len(row.input_ids) == sum(len(item.input_ids) for item in items) - 2 * shared
     micro = share_items([row])
     assert supervised_count(micro) == sum(int((item.labels != IGNORED_LABEL).sum()) for item in items)
+
+
+@pytest.mark.parametrize("longest", [None, 60, 1])
+def test_a_group_that_is_too_long_has_several_rows(
+    model: VilaM3ForConditionalGeneration, processor: VilaM3Processor, longest: int | None
+) -> None:
+    groups = [encode(processor, texts) for texts in GROUPS.values()]
+    micros = StepCollator(4, longest, shares_pictures=True)(groups)
+    items = [item for group in groups for item in group]
+    assert sum(map(supervised_count, micros)) == sum(int((item.labels != IGNORED_LABEL).sum()) for item in items)
+    if longest is not None:
+        pieces = [piece for group in groups for piece in split_group(group, longest)]
+        assert len(pieces) > len(groups)
+        assert all(len(SharedRow.of(piece).input_ids) <= longest or len(piece) == 1 for piece in pieces)
+    with torch.no_grad():
+        total = sum(float(SupervisedLoss(model)(**micro)) for micro in micros)
+        assert total == pytest.approx(float(SupervisedLoss(model)(**pad_items(items))), abs=1e-4)
 
 
 @pytest.fixture

@@ -1,0 +1,164 @@
+"""One training in several variants and seeds, each measured on the same benchmarks, and the table of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vila_m3_common.errors import UserError, exits_with_message
+
+from .training_chain import run_chain
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the base.
+
+    Args:
+        name: of the variant.
+        model: overrides of the new model that its trainings start from; empty takes the base's.
+        training: overrides of the training.
+        benchmarks: it is measured on.
+    """
+
+    name: str
+    benchmarks: Sequence[str]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the chain, of which variants change overrides: its configs, its overrides, the minutes it takes."""
+
+    config_file: Sequence[str]
+    overrides: Mapping[str, Any]
+    minutes: float
+
+    def step(self, name: str, outputs: Sequence[str], more: Mapping[str, Any]) -> dict[str, Any]:
+        """Return it as a step of :func:`.training_chain.run_chain`."""
+        overrides = {**self.overrides, **more}
+        files = list(self.config_file)
+        return {
+            "name": name,
+            "config_file": files,
+            "overrides": overrides,
+            "outputs": list(outputs),
+            "minutes": self.minutes,
+        }
+
+
+def plan_steps(
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    commands: Mapping[str, Command],
+    work: Path,
+) -> list[dict[str, Any]]:
+    """Return the steps of every variant and seed: a new model for each shape, the training, the measurement.
+
+    Args:
+        variants: the first is the base.
+        seeds: of the trainings.
+        commands: ``model``, ``training`` and ``evaluation``.
+        work: folder of the outputs.
+    """
+    steps = []
+    for variant in variants:
+        shape = variant.name if variant.model else "base"
+        start = work / "models" / shape
+        if variant.model or variant is variants[0]:
+            told = {**variant.model, "output_dir": str(start)}
+            steps.append(commands["model"].step(f"model {shape}", [str(start)], told))
+        for seed in seeds:
+            folder = run_folder(work, variant.name, seed)
+            model, state, results = (str(folder / part) for part in ("model", "state", "results"))
+            told = {"start_checkpoint": str(start), "checkpoint_out": model, "ckpt_dir": state, "seed": seed}
+            trained = {**variant.training, **told}
+            steps.append(commands["training"].step(f"train {variant.name} {seed}", [model, state], trained))
+            told = {"checkpoint": model, "benchmarks": list(variant.benchmarks), "output_dir": results}
+            steps.append(commands["evaluation"].step(f"measure {variant.name} {seed}", [results], told))
+    return steps
+
+
+def run_folder(work: Path, variant: str, seed: int) -> Path:
+    """Return the folder of one training."""
+    return work / "runs" / f"{variant}_{seed}"
+
+
+@exits_with_message
+def run_ablations(
+    variants: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    commands: Mapping[str, Mapping[str, Any]],
+    work: str,
+) -> None:
+    """Train and measure every variant with every seed, resumable step by step, and write the table and its chart.
+
+    Args:
+        variants: name -> arguments of :class:`Variant`; the first is the base.
+        seeds: of the trainings.
+        commands: ``model``, ``training`` and ``evaluation``, each the arguments of :class:`Command`.
+        work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``.
+
+    Raises:
+        UserError: without variants or seeds.
+    """
+    if not variants or not seeds:
+        raise UserError("no variants or no seeds are given; name at least one of each")
+    known = [Variant(name=name, **given) for name, given in variants.items()]
+    told = {name: Command(**given) for name, given in commands.items()}
+    folder = Path(work)
+    run_chain(plan_steps(known, seeds, told, folder), work)
+    rows = summarise(known, seeds, folder)
+    (folder / "ablations.json").write_text(json.dumps(rows, indent=2) + "\n")
+    with (folder / "ablations.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_bars(rows, folder / "ablations.png")
+    for row in rows:
+        print(
+            f"{row['variant']}, {row['benchmark']}, {row['metric']}: {row['mean']:.3f} (from {row['least']:.3f} to "
+            f"{row['most']:.3f}, {row['runs']} runs)"
+        )
+
+
+def summarise(variants: Sequence[Variant], seeds: Sequence[int], work: Path) -> list[dict[str, Any]]:
+    """Return, for each variant and benchmark, the headline score of the corrected grading over the seeds."""
+    rows = []
+    for variant in variants:
+        found = [
+            json.loads((run_folder(work, variant.name, seed) / "results/results.json").read_text()) for seed in seeds
+        ]
+        for benchmark in variant.benchmarks:
+            metric = found[0][benchmark]["metrics"][0]
+            values = [results[benchmark][f"corrected_{metric}"]["value"] for results in found]
+            told = {"variant": variant.name, "benchmark": benchmark, "metric": metric, "runs": len(values)}
+            rows.append({**told, "mean": float(np.mean(values)), "least": min(values), "most": max(values)})
+    return rows
+
+
+def draw_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the mean of each variant as a bar, one panel a benchmark; the line spans the runs."""
+    from matplotlib.figure import Figure  # slow to import, and only the chart needs it
+
+    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
+    height = 1 + 0.3 * len(rows) + 0.4 * len(benchmarks)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panels = figure.subplots(len(benchmarks), squeeze=False)[:, 0]
+    for panel, benchmark in zip(panels, benchmarks, strict=True):
+        shown = [row for row in rows if row["benchmark"] == benchmark]
+        means = np.array([row["mean"] for row in shown])
+        spans = np.array([[row["mean"] - row["least"], row["most"] - row["mean"]] for row in shown]).T
+        panel.barh(range(len(shown)), means, xerr=spans, height=0.6, color="tab:blue", ecolor="black")
+        panel.set_yticks(range(len(shown)), [row["variant"] for row in shown])
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1)
+        panel.set_title(f"{benchmark}, {shown[0]['metric']}", loc="left", fontsize=9)
+    figure.savefig(path, dpi=120)
