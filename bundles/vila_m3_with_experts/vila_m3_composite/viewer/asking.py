@@ -69,7 +69,9 @@ class Asker:
 
     def __init__(self, models: ViewerModels) -> None:
         self.models = models
-        self._folder = Path(tempfile.mkdtemp(prefix="vila_m3_viewer_"))
+        # Erased at the end of the process, too.
+        self._temporary = tempfile.TemporaryDirectory(prefix="vila_m3_viewer_", ignore_cleanup_errors=True)
+        self._folder = Path(self._temporary.name)
         self._settings = Settings(self._folder)
         self._memory = Memory(KEPT_CONVERSATIONS, _drop)
 
@@ -126,7 +128,7 @@ class Asker:
 
     def close(self) -> None:
         """Erase the files of all conversations."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._temporary.cleanup()
 
 
 def _drop(folder: Path) -> None:
