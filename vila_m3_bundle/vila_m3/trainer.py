@@ -341,9 +341,12 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: 
 class WeightAverage:
     """Exponential moving average of the trained weights.
 
+    In step n no more than (1 + n) / (10 + n) of the average stays, so that a short training's average is not one of the
+    weights that it began with.
+
     Args:
         network: whose weights.
-        decay: share of the average that stays in a step; None keeps no average.
+        decay: share of the average that stays in a step, once there were many; None keeps no average.
     """
 
     def __init__(self, network: nn.Module, decay: float | None = 0.999) -> None:
@@ -355,12 +358,16 @@ class WeightAverage:
         learns = {name.removeprefix("module."): value for name, value in named.items() if value.requires_grad}
         self.weights = learns
         self.averages = {name: value.detach().clone() for name, value in learns.items()}
+        self.steps = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights."""
+        self.steps += 1
+        count = int(self.steps)
+        decay = min(self.decay or 0, (1 + count) / (10 + count))
         for name, value in self.weights.items():
-            self.averages[name].lerp_(value, 1 - (self.decay or 0))
+            self.averages[name].lerp_(value, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -379,13 +386,15 @@ class WeightAverage:
             self.averages[name].copy_(kept)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the averages by name."""
-        return dict(self.averages)
+        """Return the averages by name, and the number of steps they were moved in."""
+        return {**self.averages, "steps": self.steps} if self.averages else {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take up the averages of an interrupted training."""
         for name, value in self.averages.items():
             value.copy_(state[name])
+        if self.averages:
+            self.steps.copy_(state["steps"])
 
 
 def supervised_count(micro: MicroBatch) -> int:

@@ -16,6 +16,7 @@ from vila_m3.parity import _without_wrapper
 from vila_m3.processor import Encoded
 from vila_m3.trainer import (
     SupervisedLoss,
+    WeightAverage,
     arithmetic,
     checkpoint_gradients,
     supervised_count,
@@ -337,3 +338,23 @@ def test_arithmetic_is_bfloat16_only_where_it_is_fast(monkeypatch: pytest.Monkey
         assert arithmetic("auto", "cpu") is (torch.bfloat16 if amx or avx else torch.float32)
     with pytest.raises(UserError, match="unknown amp_dtype 'bfloat'; did you mean 'bfloat16'"):
         arithmetic("bfloat", "cpu")
+
+
+def test_an_average_forgets_the_weights_it_began_with() -> None:
+    """After 30 steps with a decay of 0.999 a constant average would still hold 97% of them."""
+    network = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(network.weight, 1.0)
+    average = WeightAverage(network, 0.999)
+    torch.nn.init.constant_(network.weight, 0.0)
+    left = 1.0
+    for step in range(1, 31):
+        average.update()
+        left *= (1 + step) / (10 + step)
+        assert float(average.averages["weight"]) == pytest.approx(left)
+    assert left < 1e-3
+    other = WeightAverage(network, 0.999)
+    other.load_state_dict(average.state_dict())
+    for each in (average, other):
+        torch.nn.init.constant_(network.weight, 1.0)
+        each.update()
+    assert torch.equal(average.averages["weight"], other.averages["weight"])
