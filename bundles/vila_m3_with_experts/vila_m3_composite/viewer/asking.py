@@ -69,7 +69,7 @@ class Asker:
 
     def __init__(self, models: ViewerModels) -> None:
         self.models = models
-        # Erased at the end of the process, too.
+        # Erased with the process too, unless a signal other than Ctrl+C ends it.
         self._temporary = tempfile.TemporaryDirectory(prefix="vila_m3_viewer_", ignore_cleanup_errors=True)
         self._folder = Path(self._temporary.name)
         self._settings = Settings(self._folder)
