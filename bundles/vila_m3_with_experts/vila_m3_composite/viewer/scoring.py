@@ -91,9 +91,13 @@ def dice_by_label(first: np.ndarray, second: np.ndarray) -> dict[int, float]:
     scores = {}
     for label in np.union1d(np.unique(first), np.unique(second)):
         if label:
-            one, other = first == label, second == label
-            scores[int(label)] = 2 * int((one & other).sum()) / (int(one.sum()) + int(other.sum()))
+            scores[int(label)] = dice(first == label, second == label)
     return scores
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the Dice of two masks that are not both empty."""
+    return 2 * int((first & second).sum()) / (int(first.sum()) + int(second.sum()))
 
 
 def dice_by_name(
@@ -115,8 +119,7 @@ def dice_by_name(
     for label in (int(value) for value in np.unique(final) if value):
         name = final_names.get(label) or original_names.get(label) or f"label {label}"
         other = numbers.get(name.lower(), -1) if final_names and original_names else label
-        one, two = final == label, original == other
-        scores[name] = 2 * int((one & two).sum()) / (int(one.sum()) + int(two.sum()))
+        scores[name] = dice(final == label, original == other)
     return scores
 
 

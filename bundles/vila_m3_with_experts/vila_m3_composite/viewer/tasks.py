@@ -52,10 +52,15 @@ def told_to_client() -> Iterator[None]:
     except HTTPException:
         raise
     except Exception as error:
-        cause = find_user_error(error)
-        if cause is None:
-            raise
-        raise HTTPException(400, str(cause)) from error
+        raise HTTPException(400, reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what a user can mend about an error; any other error is raised again."""
+    cause = find_user_error(error)
+    if cause is None:
+        raise error
+    return str(cause)
 
 
 def expert_labels(models: ViewerModels, name: str) -> dict[str, int]:
@@ -234,10 +239,7 @@ class UncertaintyScoring(ScoringMethod):
         try:
             return {"score": round(uncertainty(self.models, self.name, image, variants), 4)}
         except Exception as error:
-            cause = find_user_error(error)
-            if cause is None:
-                raise
-            return {"score": None, "reason": str(cause)}
+            return {"score": None, "reason": reason_of(error)}
 
 
 class DiceScoring(ScoringMethod):
@@ -263,10 +265,7 @@ class DiceScoring(ScoringMethod):
             final = on_grid(*load_labels(case.label), original.shape, affine)
             scores = dice_by_name(final, case.names, original, names)
         except Exception as error:
-            cause = find_user_error(error)
-            if cause is None:
-                raise
-            return {"dice": None, "reason": str(cause)}
+            return {"dice": None, "reason": reason_of(error)}
         mean = round(sum(scores.values()) / len(scores), 4) if scores else None
         return {"dice": mean, "dice_by_structure": {name: round(value, 4) for name, value in scores.items()}}
 

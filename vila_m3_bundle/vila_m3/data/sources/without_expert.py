@@ -12,12 +12,12 @@ from vila_m3_common.errors import UserError
 from vila_m3_common.trigger import parse_triggers
 
 from ..record import Message, Record, parse_row
-from ..source import Item, Pending, RowProblem, check_folder
-from .cxr_expert import find_files
+from ..source import Item, RowProblem, check_folder
+from .prepared import read_prepared
 
 
 def read_without_expert(source: str | Path, split: str, input_name: str, cards: str, dataset: str) -> Iterator[Item]:
-    """Yield the rows of a prepared data set without model cards, calls, feedback and the pictures in it.
+    """Return the rows of a prepared data set without model cards, calls, feedback and the pictures in it.
 
     Rows that are about a call alone (a segmentation request, an expert that failed) are refused.
 
@@ -31,11 +31,8 @@ def read_without_expert(source: str | Path, split: str, input_name: str, cards: 
     Raises:
         UserError: if there are no such files.
     """
-    for file in find_files(check_folder(source), f"{input_name}_{split}"):
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Pending(number, partial(_convert, line, cards, dataset), file.name)
+    convert = partial(_convert, cards=cards, dataset=dataset)
+    return read_prepared(check_folder(source), f"{input_name}_{split}", convert)
 
 
 def _convert(line: bytes, cards: str, dataset: str) -> Record:
