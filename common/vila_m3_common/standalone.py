@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def request_for(
 
 
 def make_output_dir(output_dir: str | Path) -> Path:
-    """Create a folder for results.
+    """Create a folder for results; several processes may ask for the same one at the same time.
 
     Raises:
         UserError: if it cannot be created or written.
@@ -82,9 +83,8 @@ def make_output_dir(output_dir: str | Path) -> Path:
     folder = Path(output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
             f"output folder {folder} cannot be written ({error.strerror}); give another --output_dir"

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,3 +84,10 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"output folder .*file/out cannot be written \(.*\); give another --output_dir"
     ):
         make_output_dir(tmp_path / "file/out")
+
+
+def test_an_output_folder_asked_for_by_several_at_once_is_given_to_all(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(lambda _: make_output_dir(tmp_path / "out"), range(400)))
+    assert folders == {tmp_path.resolve() / "out"}
+    assert not list((tmp_path / "out").iterdir())
