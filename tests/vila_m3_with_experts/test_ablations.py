@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vila_m3_composite.ablations import Command, Variant, draw_bars, plan_steps, run_ablations, run_folder, summarise
+from vila_m3_composite.ablations import Command, Variant, draw_bars, plan_run, run_ablations, run_folder, summarise
 
 COMMANDS = {
     "model": Command(["model.json"], {"size": 1}, 0.1),
@@ -20,38 +20,42 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture
-def steps() -> dict[str, dict[str, Any]]:
-    return {step["name"]: step for step in plan_steps(VARIANTS, [0, 1], COMMANDS, Path("work"))}
+def overrides_of(variant: Variant, seed: int) -> list[dict[str, Any]]:
+    """What the model, the training and the measurement of a run are told."""
+    return [step["overrides"] for step in plan_run(variant, seed, COMMANDS, Path("work"))]
 
 
-def test_every_variant_is_trained_and_measured_with_every_seed(steps: dict[str, dict[str, Any]]) -> None:
-    names = [name for name in steps if name.startswith("train")]
-    assert names == [f"train {variant} {seed}" for variant in ("base", "long", "large") for seed in (0, 1)]
-    for name in names:
-        measured = steps[name.replace("train", "measure")]["overrides"]
-        assert measured["checkpoint"] == steps[name]["overrides"]["checkpoint_out"]
-        assert measured["blank_baseline"] is False
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_measures_the_model_that_it_trains_from_its_own_start(variant: Variant) -> None:
+    model, training, evaluation = overrides_of(variant, 1)
+    assert training["start_checkpoint"] == model["output_dir"] == f"work/runs/{variant.name}_1/start"
+    assert evaluation["checkpoint"] == training["checkpoint_out"]
+    assert evaluation["benchmarks"] == variant.benchmarks
+    assert evaluation["blank_baseline"] is False
+    assert model["seed"] == training["seed"] == 1
 
 
-def test_a_variant_changes_what_it_names_alone(steps: dict[str, dict[str, Any]]) -> None:
-    assert steps["train base 1"]["overrides"]["epochs"] == 2
-    assert steps["train long 1"]["overrides"] == {
-        "epochs": 3,
-        "rate": 0.1,
-        "start_checkpoint": "work/models/base",
-        "checkpoint_out": "work/runs/long_1/model",
-        "ckpt_dir": "work/runs/long_1/state",
-        "seed": 1,
+def test_a_variant_changes_what_it_names_alone() -> None:
+    base, long, large = (overrides_of(variant, 0) for variant in VARIANTS)
+    assert [base[1]["epochs"], long[1]["epochs"], large[1]["epochs"]] == [2, 3, 2]
+    assert [base[0]["size"], long[0]["size"], large[0]["size"]] == [1, 1, 9]
+    assert base[1]["rate"] == long[1]["rate"] == 0.1
+
+
+def test_runs_go_on_two_at_a_time_and_a_failed_one_is_named(tmp_path: Path) -> None:
+    written = tmp_path / "write.json"
+    write = "$__import__('pathlib').Path(@output_dir).mkdir(parents=True)"
+    written.write_text(json.dumps({"output_dir": "", "size": 0, "seed": 0, "run": [write]}))
+    absent = tmp_path / "absent.json"
+    commands = {
+        name: {"config_file": [str(absent if name == "training" else written)], "overrides": {}, "minutes": 1}
+        for name in COMMANDS
     }
-    assert steps["measure long 0"]["overrides"]["benchmarks"] == ["slake"]
-
-
-def test_only_another_shape_starts_from_another_model(steps: dict[str, dict[str, Any]]) -> None:
-    assert [name for name in steps if name.startswith("model")] == ["model base", "model large"]
-    assert steps["model large"]["overrides"] == {"size": 9, "output_dir": "work/models/large"}
-    assert steps["train large 0"]["overrides"]["start_checkpoint"] == "work/models/large"
-    assert list(steps).index("model large") < list(steps).index("train large 0")
+    study = {"base": {"benchmarks": ["slake"]}}
+    with pytest.raises(SystemExit, match=r"config .*absent.json of the chain does not exist.*base_\d/log.txt"):
+        run_ablations(study, [0, 1], commands, str(tmp_path / "work"), jobs=2)
+    with pytest.raises(SystemExit, match="jobs 0 is not a whole number from 1 on"):
+        run_ablations(study, [0, 1], commands, str(tmp_path / "work"), jobs=0)
 
 
 def test_the_table_holds_mean_and_span_over_the_seeds(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import initialization as start
 
 from vila_m3_common.errors import UserError
 
@@ -42,6 +43,10 @@ class ConvStemConfig(SiglipVisionConfig):
         super().__init__(**kwargs)
 
 
+class _LastConvolution(nn.Conv2d):
+    """Starts at zero, so that the block around it starts as nothing."""
+
+
 class _Residual(nn.Module):
     """Two convolutions 3 x 3 beside a path that changes nothing."""
 
@@ -53,7 +58,7 @@ class _Residual(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.GroupNorm(_GROUPS, channels),
             nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            _LastConvolution(channels, channels, 3, padding=1, bias=False),
         )
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -108,3 +113,17 @@ class ConvStemModel(SiglipVisionModel):
         super().__init__(config)
         self.embeddings.patch_embedding = ConvStem(config)  # type: ignore[assignment]
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start smaller than SigLIP does, which in a training of a few hundred steps is ahead."""
+        if isinstance(module, _LastConvolution):
+            start.zeros_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            start.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                start.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            start.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            super()._init_weights(module)

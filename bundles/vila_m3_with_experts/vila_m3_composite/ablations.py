@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from vila_m3_common.errors import UserError, exits_with_message
 
@@ -54,36 +60,31 @@ class Command:
         }
 
 
-def plan_steps(
-    variants: Sequence[Variant],
-    seeds: Sequence[int],
-    commands: Mapping[str, Command],
-    work: Path,
-) -> list[dict[str, Any]]:
-    """Return the steps of every variant and seed: a new model for each shape, the training, the measurement.
+def plan_run(variant: Variant, seed: int, commands: Mapping[str, Command], work: Path) -> list[dict[str, Any]]:
+    """Return the steps of one run: a new model, its training and its measurement.
 
     Args:
-        variants: the first is the base.
-        seeds: of the trainings.
+        variant: what differs from the base.
+        seed: of the new weights and of the training.
         commands: ``model``, ``training`` and ``evaluation``.
-        work: folder of the outputs.
+        work: folder of all runs.
     """
-    steps = []
-    for variant in variants:
-        shape = variant.name if variant.model else "base"
-        start = work / "models" / shape
-        if variant.model or variant is variants[0]:
-            told = {**variant.model, "output_dir": str(start)}
-            steps.append(commands["model"].step(f"model {shape}", [str(start)], told))
-        for seed in seeds:
-            folder = run_folder(work, variant.name, seed)
-            model, state, results = (str(folder / part) for part in ("model", "state", "results"))
-            told = {"start_checkpoint": str(start), "checkpoint_out": model, "ckpt_dir": state, "seed": seed}
-            trained = {**variant.training, **told}
-            steps.append(commands["training"].step(f"train {variant.name} {seed}", [model, state], trained))
-            told = {"checkpoint": model, "benchmarks": list(variant.benchmarks), "output_dir": results}
-            steps.append(commands["evaluation"].step(f"measure {variant.name} {seed}", [results], told))
-    return steps
+    folder = run_folder(work, variant.name, seed)
+    start, model, state, results = (str(folder / part) for part in ("start", "model", "state", "results"))
+    created = {**variant.model, "output_dir": start, "seed": seed}
+    trained = {
+        **variant.training,
+        "start_checkpoint": start,
+        "checkpoint_out": model,
+        "ckpt_dir": state,
+        "seed": seed,
+    }
+    measured = {"checkpoint": model, "benchmarks": list(variant.benchmarks), "output_dir": results}
+    return [
+        commands["model"].step("model", [start], created),
+        commands["training"].step("training", [model, state], trained),
+        commands["evaluation"].step("evaluation", [results], measured),
+    ]
 
 
 def run_folder(work: Path, variant: str, seed: int) -> Path:
@@ -97,24 +98,37 @@ def run_ablations(
     seeds: Sequence[int],
     commands: Mapping[str, Mapping[str, Any]],
     work: str,
+    jobs: int = 1,
 ) -> None:
     """Train and measure every variant with every seed, resumable step by step, and write the table and its chart.
 
     Args:
         variants: name -> arguments of :class:`Variant`; the first is the base.
-        seeds: of the trainings.
+        seeds: of the new weights and the trainings.
         commands: ``model``, ``training`` and ``evaluation``, each the arguments of :class:`Command`.
-        work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``.
+        work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``, and ``log.txt`` of every run.
+        jobs: runs at a time, each a process with its share of the processor.
 
     Raises:
-        UserError: without variants or seeds.
+        UserError: without variants or seeds, or for less than one job.
     """
     if not variants or not seeds:
         raise UserError("no variants or no seeds are given; name at least one of each")
+    if jobs < 1:
+        raise UserError(f"jobs {jobs} is not a whole number from 1 on; give how many runs go on at a time")
     known = [Variant(name=name, **given) for name, given in variants.items()]
     told = {name: Command(**given) for name, given in commands.items()}
     folder = Path(work)
-    run_chain(plan_steps(known, seeds, told, folder), work)
+    # Seed by seed, so that a study that is cut off has compared all variants at least once.
+    planned = [(seed, variant) for seed in seeds for variant in known]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        going = [
+            pool.submit(_run_logged, plan_run(variant, seed, told, folder), str(run_folder(folder, variant.name, seed)))
+            for seed, variant in planned
+        ]
+        for done in tqdm(as_completed(going), "runs", len(going)):
+            done.result()
     rows = summarise(known, seeds, folder)
     (folder / "ablations.json").write_text(json.dumps(rows, indent=2) + "\n")
     with (folder / "ablations.csv").open("w", newline="", encoding="utf-8") as file:
@@ -127,6 +141,17 @@ def run_ablations(
             f"{row['variant']}, {row['benchmark']}, {row['metric']}: {row['mean']:.3f} (from {row['least']:.3f} to "
             f"{row['most']:.3f}, {row['runs']} runs)"
         )
+
+
+def _run_logged(steps: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """Run a chain whose progress goes to ``log.txt``, as several would write over each other's."""
+    path = Path(folder) / "log.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            run_chain(steps, folder)
+        except SystemExit as error:
+            raise UserError(f"{error}; see {path}") from error
 
 
 def summarise(variants: Sequence[Variant], seeds: Sequence[int], work: Path) -> list[dict[str, Any]]:
