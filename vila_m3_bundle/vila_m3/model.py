@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionModel,
 )
+from transformers import initialization as start
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -63,6 +64,19 @@ class VilaM3ForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         self.stored = Stored()
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start the projector as torch does, like the original; tower and LLM start by their own rules.
+
+        With the smaller weights that transformers gives a layer, a model that starts from nothing may stay blind.
+        """
+        if isinstance(module, nn.Linear):
+            start.kaiming_uniform_(module.weight, a=5**0.5)
+            bound = module.in_features**-0.5
+            start.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
 
     @property
     def tokens_per_image(self) -> int:

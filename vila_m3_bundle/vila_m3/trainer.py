@@ -91,7 +91,11 @@ def train_adapter(model: VilaM3ForConditionalGeneration, **options: Any) -> Vila
 
 
 def stage_processor(
-    tokenizer: PreTrainedTokenizerBase, model: VilaM3ForConditionalGeneration, template: str | None, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    model: VilaM3ForConditionalGeneration,
+    template: str | None,
+    max_length: int,
+    picture_scale: float = 1.0,
 ) -> VilaM3Processor:
     """Return the processor of a stage.
 
@@ -100,8 +104,17 @@ def stage_processor(
         model: that is trained.
         template: of the conversations in this stage; None takes the model's.
         max_length: longest conversation in tokens.
+        picture_scale: side of the pictures in that of the model's; a larger one is for an augmentation to cut from.
+
+    Raises:
+        UserError: for a scale below 1.
     """
+    if picture_scale < 1:
+        raise UserError(
+            f"picture_scale {picture_scale} is below 1; give 1, or such as 1.25 for pictures cut from larger ones"
+        )
     processor = build_processor(tokenizer, model.config)
+    processor.image_processor.size = round(picture_scale * processor.image_processor.size)
     processor.template_name = template or processor.template_name
     processor.context_length = min(max_length, processor.context_length)
     return processor

@@ -174,6 +174,15 @@ def test_augmentation_follows_from_seed_and_step_alone() -> None:
     assert augment(pixels[:0], 7).shape == (0, 3, 24, 24)
 
 
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_augmentation_brings_larger_pictures_to_the_side_of_the_model(strength: float) -> None:
+    pixels = torch.rand(3, 3, 30, 30) * 2 - 1
+    augment = Augmentation(strength, side=24)
+    assert augment(pixels, 7).shape == (3, 3, 24, 24)
+    assert augment(pixels[:0], 7).shape == (0, 3, 24, 24)
+    assert augment(pixels, 7).std() > 0.25  # a window is cut, not blurred away
+
+
 def test_augmentation_never_mirrors() -> None:
     """A picture that is bright on its left stays so."""
     pixels = torch.full((64, 3, 24, 24), -1.0)
