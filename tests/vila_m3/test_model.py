@@ -87,6 +87,19 @@ def test_gradient_checkpointing_changes_no_gradient(tower: str) -> None:
             torch.testing.assert_close(first.grad, second.grad, rtol=0, atol=1e-6)
 
 
+def test_a_new_model_starts_as_the_original_does_and_its_stem_as_nothing() -> None:
+    """The projector by torch's rule, without which trainings from nothing stayed blind; residual blocks at zero."""
+    config = small_config("conv_stem_siglip")
+    model = build_model({**config, "text_config": {**config["text_config"], "hidden_size": 64}})
+    linears = [layer for layer in model.mm_projector.layers if isinstance(layer, torch.nn.Linear)]
+    for layer in linears:
+        assert layer.weight.std().item() == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.1)
+    assert model.llm.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    residual = model.vision_tower.embeddings.patch_embedding.layers[-1]
+    assert not residual.layers[-1].weight.any()
+    assert residual.layers[2].weight.any()
+
+
 def small_config(tower: str) -> dict[str, Any]:
     select = "cls_patch" if tower in ("siglip_vision_model", "conv_stem_siglip") else "patch"
     size = {"image_size": 24, "patch_size": 4, "stem_channels": [8, 16]} if tower == "conv_stem_siglip" else {}
