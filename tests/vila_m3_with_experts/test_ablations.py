@@ -53,7 +53,8 @@ def test_runs_go_on_two_at_a_time_and_a_failed_one_is_named(tmp_path: Path) -> N
     }
     study = {"base": {"benchmarks": ["slake"]}}
     with pytest.raises(SystemExit, match=r"config .*absent.json of the chain does not exist.*base_\d/log.txt"):
-        run_ablations(study, [0, 1], commands, str(tmp_path / "work"), jobs=2)
+        run_ablations(study, list(range(9)), commands, str(tmp_path / "work"), jobs=2)
+    assert not (tmp_path / "work/runs/base_8").exists()  # what waited is not begun any more
     with pytest.raises(SystemExit, match="jobs 0 is not a whole number from 1 on"):
         run_ablations(study, [0, 1], commands, str(tmp_path / "work"), jobs=0)
 

@@ -103,7 +103,7 @@ def run_ablations(
     """Train and measure every variant with every seed, resumable step by step, and write the table and its chart.
 
     Args:
-        variants: name -> arguments of :class:`Variant`; the first is the base.
+        variants: name -> arguments of :class:`Variant`, in the order of the table.
         seeds: of the new weights and the trainings.
         commands: ``model``, ``training`` and ``evaluation``, each the arguments of :class:`Command`.
         work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``, and ``log.txt`` of every run.
@@ -127,8 +127,12 @@ def run_ablations(
             pool.submit(_run_logged, plan_run(variant, seed, told, folder), str(run_folder(folder, variant.name, seed)))
             for seed, variant in planned
         ]
-        for done in tqdm(as_completed(going), "runs", len(going)):
-            done.result()
+        try:
+            for done in tqdm(as_completed(going), "runs", len(going)):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else the error would be told only when all others have run
+            raise
     rows = summarise(known, seeds, folder)
     (folder / "ablations.json").write_text(json.dumps(rows, indent=2) + "\n")
     with (folder / "ablations.csv").open("w", newline="", encoding="utf-8") as file:
