@@ -78,6 +78,25 @@ def test_other_settings_redo_their_step_and_those_behind_it(chain: Chain, tmp_pa
     assert written(tmp_path) == {"one": "kept", "two": "b", "three": "a"}
 
 
+def test_changed_inputs_redo_their_step(chain: Chain, tmp_path: Path) -> None:
+    weights = tmp_path / "weights/model.bin"
+    weights.parent.mkdir()
+    weights.write_text("first")
+    steps = chain()
+    steps[1]["inputs"] = [str(weights.parent)]
+    for _ in range(2):
+        run_chain(steps, str(tmp_path / "work"))
+    assert written(tmp_path) == {"one": "a", "two": "a", "three": "a"}
+    (tmp_path / "one").write_text("kept")
+    (tmp_path / "two").write_text("old")
+    weights.write_text("second")
+    run_chain(steps, str(tmp_path / "work"))
+    assert written(tmp_path) == {"one": "kept", "two": "a", "three": "a"}
+    steps[1]["inputs"] = [str(tmp_path / "absent")]
+    with pytest.raises(SystemExit, match="absent"):
+        run_chain(steps, str(tmp_path / "work"))
+
+
 def test_an_output_that_is_gone_is_made_again(chain: Chain, tmp_path: Path) -> None:
     run_chain(chain(), str(tmp_path / "work"))
     (tmp_path / "two").unlink()

@@ -18,6 +18,7 @@ from vila_m3.checkpoint import load_checkpoint, load_processor
 from vila_m3.data.source import check_folder, find_file, read_csv_rows
 from vila_m3.export import save_released
 from vila_m3.resumable_files import replace_folder, write_atomically
+from vila_m3.run_state import sha256_of
 from vila_m3_common.errors import UserError, exits_with_message
 from vila_m3_common.patients import is_held_out
 
@@ -32,6 +33,7 @@ class Step:
         overrides: of their keys.
         outputs: files and folders that the step writes; what an earlier run with other settings left there is removed.
         minutes: how long it is expected to take; only the proportions between steps matter.
+        inputs: files and folders from elsewhere that the step reads; when their contents change, it starts anew.
     """
 
     name: str
@@ -39,12 +41,18 @@ class Step:
     overrides: Mapping[str, Any]
     outputs: Sequence[str]
     minutes: float
+    inputs: Sequence[str] = ()
 
     def digest(self, before: str) -> str:
-        """Return what changes when the settings of this step or of one before it do."""
+        """Return what changes when the settings or inputs of this step or of one before it do."""
         settings = [before, *self.config_file, json.dumps(self.overrides, sort_keys=True, default=str)]
         contents = [Path(file).read_text() for file in self.config_file]
+        contents += [sha256_of(file) for path in self.inputs for file in _files_of(Path(path))]
         return hashlib.sha256("\n".join([*settings, *contents]).encode()).hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 @exits_with_message
@@ -59,7 +67,7 @@ def run_chain(steps: Sequence[Mapping[str, Any]], work: str) -> None:
         work: folder for what is known of them.
 
     Raises:
-        UserError: for steps of the same name, or a config that does not exist.
+        UserError: for steps of the same name, or a config or input that does not exist.
     """
     chain = [Step(**step) for step in steps]
     names = [step.name for step in chain]
@@ -71,6 +79,9 @@ def run_chain(steps: Sequence[Mapping[str, Any]], work: str) -> None:
     notes = _Notes(Path(work))
     digest = ""
     for number, step in enumerate(chain, start=1):
+        for path in step.inputs:
+            if not Path(path).exists():
+                raise UserError(f"{path}, which step {step.name!r} reads, does not exist; make it first")
         digest = step.digest(digest)
         told = f"[{number}/{len(chain)}] {step.name}"
         if notes.is_done(step, digest):

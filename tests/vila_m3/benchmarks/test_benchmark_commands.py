@@ -17,6 +17,7 @@ from vila_m3.benchmarks.page import html_page
 from vila_m3_common.hooks import quiet
 from vila_m3_common.patients import is_held_out
 from vila_m3_common.phantoms import cxr_phantom, save_radiograph
+from vila_m3_common.prompts import CXR_FINDINGS
 
 PATIENTS = [str(number) for number in range(60) if is_held_out(str(number), 0.2)][:4]
 
@@ -190,3 +191,16 @@ def test_compare_takes_two_files_and_names_what_is_missing(
     assert pairs["slake -> slake"]["metrics"]["accuracy"]["second"] == 1
     with pytest.raises(SystemExit, match="no predictions for 'slacke'; did you mean 'slake'"):
         call(repository, "compare", **given, pairs=[["slacke", "slake"]])
+
+
+def test_an_oracle_tells_just_what_the_labels_say(repository: Path, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nih_oracle"
+    run(config_file=config(repository, "oracle_findings"), nih_root=str(data / "nih_256"), output_dir=str(folder))
+    found = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert len(found) == len(PATIENTS)
+    for number in range(len(PATIENTS)):
+        scores = found[f"{number}.png.json"]
+        assert set(scores) == set(CXR_FINDINGS)
+        assert {name for name, score in scores.items() if score} == ({"Effusion"} if number % 2 else set())
+    oracle = load_benchmark("nih_oracle", repository / "vila_m3_bundle/configs/benchmarks")
+    assert (oracle.expert, oracle.prompt) == ("expert_findings/nih_oracle", "binary")

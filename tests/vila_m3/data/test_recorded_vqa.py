@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from vila_m3.benchmarks.choice import is_choice_right, options_of
 from vila_m3.benchmarks.definition import Question, load_benchmark, prompt_of
 from vila_m3.data.checks import RowChecks
 from vila_m3.data.prepare import prepare
 from vila_m3.data.record import parse_row
 from vila_m3.data.source import Item, Located
 from vila_m3.data.sources.finding_labels import read_finding_labels
-from vila_m3.data.sources.slake import read_slake
+from vila_m3.data.sources.slake import read_slake, read_slake_choices
 from vila_m3.data.sources.vqa_rad import ORGAN_QUESTIONS, read_vqa_rad
 from vila_m3.nano_tokenizer import BENCHMARK_SUFFIX
 from vila_m3_common.prompts import finding_turns
@@ -146,3 +147,26 @@ def test_a_trial_takes_the_first_rows(shared: Path, tmp_path: Path) -> None:
     for limit in (5, 7):
         summary = prepare(read_slake(source, "train"), "slake", "train", tmp_path, checks, row_limit=limit)
         assert summary["written"] == limit
+
+
+def test_slake_knowledge_questions_as_multiple_choice_need_no_image(shared: Path) -> None:
+    items = list(read_slake_choices(shared / "data/vqa/slake", "test"))
+    records = [item.record for item in items if isinstance(item, Located)]
+    assert len(records) == len(items) == 148
+    truths = {row.record.metadata["qid"]: row.record.messages[1].text for row in questions(shared)}
+    for record in records:
+        question, truth = (message.text for message in record.messages)
+        options = options_of(question)
+        wanted = truths[record.metadata["qid"]]
+        assert record.images == ()
+        assert "<image>" not in question
+        assert truth == f"{record.metadata['answer_letter']}. {wanted}"
+        assert truth in question
+        assert list(options.values()).count(wanted) == 1
+        assert len(options) == (2 if wanted in ("Yes", "No") else 4)
+        assert is_choice_right(question, truth, wanted) is True
+    assert items == list(read_slake_choices(shared / "data/vqa/slake", "test"))
+
+
+def questions(shared: Path) -> list[Located]:
+    return [item for item in read_slake(shared / "data/vqa/slake", "test") if isinstance(item, Located)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 from vila_m3_common.errors import check_choice
@@ -80,9 +81,75 @@ def _images_elsewhere(folder: Path, split: str, languages: Sequence[str]) -> set
     return {row["img_name"] for row in rows if isinstance(row, dict) and row.get("q_lang") in languages}
 
 
+def read_slake_choices(
+    source: str | Path,
+    split: str,
+    language: str = "en",
+    content_types: Sequence[str] = ("KG",),
+    option_count: int = 4,
+    seed: int = 0,
+    suffix: str = "",
+) -> Iterator[Item]:
+    """Yield questions of a split as multiple choice without their images: what can be known from the text alone.
+
+    Yes/no questions have the two options. The wrong options of an open question are answers to other open questions of
+    the split, drawn by the seed and the question.
+
+    Args:
+        source: folder with ``train.json``, ``validate.json``, ``test.json``.
+        split: train, validate, test or train_validate.
+        language: of the questions.
+        content_types: kinds of questions to keep; ``KG`` are those that ask for medical knowledge.
+        option_count: options of an open question, at most 26 and as many as there are answers.
+        seed: of the wrong options and of the order.
+        suffix: sentence behind the options.
+
+    Raises:
+        UserError: for an unknown split or a folder without the files.
+    """
+    folder = check_folder(source)
+    names = SPLITS[check_choice(split, list(SPLITS), "split")]
+    rows = [(name, number, row) for name in names for number, row in _numbered(folder, name)]
+    rows = [(name, number, row) for name, number, row in rows if _is_kept(row, language, content_types)]
+    answers = sorted({row["answer"] for _, _, row in rows if row.get("answer") and row.get("answer_type") == "OPEN"})
+    for name, number, row in rows:
+        try:
+            question, answer = get_text(row, "question"), get_text(row, "answer")
+            draw = random.Random(f"choices/{seed}/{row.get('qid')}")
+            options = _options(answer, answers, option_count, draw)
+            lines = [f"{letter}. {text}" for letter, text in zip(ascii_uppercase, options, strict=False)]
+            truth = lines[options.index(answer)]
+            messages = ask("\n".join([question, *lines]), truth, None, suffix)
+            metadata = {**_metadata(row, name), "answer_type": "CLOSED", "answer_letter": truth[0]}
+            yield Located(number, Record(f"{name}-{row.get('qid')}", messages, (), metadata), f"{name}.json")
+        except RowProblem as problem:
+            yield Rejected(number, str(problem), f"{name}.json")
+
+
+def _numbered(folder: Path, name: str) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(read_json_list(find_file(folder, f"{name}.json")), start=1)
+
+
+def _is_kept(row: Any, language: str, content_types: Sequence[str]) -> bool:
+    return isinstance(row, dict) and row.get("q_lang") == language and row.get("content_type") in content_types
+
+
+def _options(answer: str, answers: Sequence[str], count: int, draw: random.Random) -> list[str]:
+    if answer in ("Yes", "No"):
+        return ["Yes", "No"]
+    others = [text for text in answers if text.lower() != answer.lower()]
+    options = [answer, *draw.sample(others, min(count - 1, len(others)))]
+    draw.shuffle(options)
+    return options
+
+
 def _convert(row: Any, name: str, split: str, image_first: bool, suffix: str) -> Record:
-    question, answer = get_text(row, "question"), get_text(row, "answer")
-    metadata = {
+    messages = ask(get_text(row, "question"), get_text(row, "answer"), image_first, suffix)
+    return Record(name, messages, (get_text(row, "img_name"),), _metadata(row, split))
+
+
+def _metadata(row: Any, split: str) -> dict[str, Any]:
+    return {
         "dataset": "slake",
         "split": split,
         "qid": row.get("qid"),
@@ -93,6 +160,5 @@ def _convert(row: Any, name: str, split: str, image_first: bool, suffix: str) ->
         "base_type": get_text(row, "base_type", ""),
         "modality": get_text(row, "modality", ""),
         "location": get_text(row, "location", ""),
-        "question": question,
+        "question": get_text(row, "question"),
     }
-    return Record(name, ask(question, answer, image_first, suffix), (get_text(row, "img_name"),), metadata)
