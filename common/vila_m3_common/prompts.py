@@ -217,6 +217,7 @@ def ct_report(verb: str, structures: str, argument: str) -> str:
 
 # The reference's evaluation asks in forms of its own, which differ from the trained ones in small ways.
 FINDING_FORMS = ("multi_choice", "binary", "binary_conv", "text_only")
+EXPERT_FORMS = ("binary_conv", "text_only")
 WHICH_FINDINGS = "What are the potential abnormalities according to the provided X-ray image?"
 
 
@@ -244,7 +245,7 @@ def finding_turns(
     """Return the turns (user, assistant, expert, in turn) that ask for findings in a chest X-ray.
 
     Args:
-        form: one of ``FINDING_FORMS``; ``binary_conv`` and ``text_only`` need an expert.
+        form: one of ``FINDING_FORMS``; those of ``EXPERT_FORMS`` need an expert.
         findings: names in the order of their letters, for ``multi_choice``.
         finding: the name that the other forms ask for.
         lines: :func:`finding_lines` of the expert; empty without one.

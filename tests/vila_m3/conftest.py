@@ -52,6 +52,11 @@ def maker(cards: str) -> ConversationMaker:
 
 
 @pytest.fixture
+def tiny_config() -> dict[str, Any]:
+    return TINY
+
+
+@pytest.fixture
 def model() -> VilaM3ForConditionalGeneration:
     torch.manual_seed(0)
     return build_model(TINY).eval()

@@ -60,3 +60,16 @@ def test_a_legend_names_only_what_the_group_holds(argument: str) -> None:
     legend, picture = show_group(np.zeros((64, 64), np.uint8), labels, argument)
     assert legend[0] == ("red", "liver")
     assert picture.shape == (64, 64, 3)
+
+
+def test_what_the_expert_said_of_a_finding_is_told_as_its_line(maker: ConversationMaker) -> None:
+    told = 0
+    for seed in range(300):
+        feedback = ""
+        for turn in maker(seed).conversation.turns:
+            if turn.role == "expert":
+                feedback = turn.text
+            elif turn.role == "assistant" and turn.text.endswith((": yes", ": no")):
+                assert f"\n{turn.text}\n" in feedback
+                told += 1
+    assert told > 100

@@ -35,9 +35,9 @@ FINDINGS = tuple(finding.lower().replace("_", " ") for finding in CXR_FINDINGS)
 
 
 def compound_phrases() -> dict[str, tuple[str, str]]:
-    """Return the phrases that say one thing of another, with these two parts: a legend's entry, a prediction's line."""
+    """Return the phrases that say one thing of another, with these two parts: a legend's entry, a prediction."""
     legend = {f": {name}": (":", name) for name in NAMES.values()}
-    predictions = {f"{finding}: {answer}\n": (finding, answer) for finding in FINDINGS for answer in ("yes", "no")}
+    predictions = {f"{finding}: {answer}": (finding, answer) for finding in FINDINGS for answer in ("yes", "no")}
     return legend | predictions
 
 
@@ -45,7 +45,7 @@ def fixed_phrases(cards: str) -> list[str]:
     """Return what every conversation repeats, one token each: a conversation then has dozens of tokens, not hundreds.
 
     System text, the suffix of benchmarks, one line per card, structures (alone, and as a legend's ": liver"), findings
-    (alone, and as a prediction's "effusion: yes" line) and colours. Other text, such as the card of a new expert, is
+    (alone, and as a prediction, "effusion: yes") and colours. Other text, such as the card of a new expert, is
     tokenized in ordinary pieces.
     """
     system = TEMPLATES["llama_3"].system.split("<|end_header_id|>\n\n")[1].removesuffix("<|eot_id|>")

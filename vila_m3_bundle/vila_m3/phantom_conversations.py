@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +19,18 @@ from vila_m3_common.conversation import Conversation
 from vila_m3_common.overlay import assign_colors, blend
 from vila_m3_common.slices import grey_to_rgb, scale_min_max, take_slice, window_ct
 
-from .questions import Question, ct_describe, ct_segment, ct_tumor, cxr_finding, draw, from_table, tables
+from .data.experts.wording import wordings
+from .questions import (
+    Question,
+    ct_describe,
+    ct_segment,
+    ct_tumor,
+    cxr_finding,
+    cxr_prediction,
+    draw,
+    from_table,
+    tables,
+)
 
 SINGLE_MRI_REPLY = (
     "This is a single MRI sequence. No available expert reads it: "
@@ -55,6 +67,11 @@ def findings_reply(positive: Sequence[str]) -> str:
     if not positive:
         return "There are no findings."
     return f"The findings are: {', '.join(name.lower().replace('_', ' ') for name in positive)}."
+
+
+def prediction_reply(finding: str, answer: str) -> str:
+    """Return the answer to "what does the expert say about edema": the line of its turn."""
+    return f"{finding.lower().replace('_', ' ')}: {answer}"
 
 
 @dataclass
@@ -135,7 +152,7 @@ class ConversationMaker:
         """Make one conversation; everything random follows from ``seed``."""
         rng = random.Random(seed)
         makers: tuple[Callable[[random.Random], Sample], ...] = (self._ct, self._mri, self._cxr, self._other)
-        return rng.choices(makers, weights=(0.36, 0.08, 0.49, 0.07))[0](rng)
+        return rng.choices(makers, weights=(0.26, 0.14, 0.5, 0.1))[0](rng)
 
     def _draw(self, make: Callable[[random.Random], Question], rng: random.Random) -> Question:
         return draw(make, rng, self.held_out)
@@ -205,13 +222,10 @@ class ConversationMaker:
             labels = np.where(labels == rng.choice((1, 2, 4)), 0, labels)
         conversation = Conversation()
         kinds = rng.choices(
-            ("tumor", "segment", "grade", "modality"), weights=(0.5, 0.22, 0.13, 0.15), k=rng.choice((1, 1, 2))
+            ("tumor", "segment", "grade", "modality"), weights=(0.45, 0.2, 0.25, 0.1), k=rng.choice((1, 1, 2))
         )
         for position, kind in enumerate(kinds):
-            table = {"tumor": "mri_tumor", "segment": "mri_segment", "grade": "mri_grade"}.get(kind)
-            if table is None:
-                table = rng.choice(("describe", "modality"))
-            question = self._draw(from_table(table, kind), rng)
+            question = self._draw(partial(_mri_question, kind=kind), rng)
             self._ask(conversation, "MRI", question.text, [grey_to_rgb(grey) for grey in greys], position == 0)
             self._answer_mri(conversation, question, greys[0], labels, rng)
         return Sample(conversation, "MRI", kinds[0])
@@ -240,7 +254,7 @@ class ConversationMaker:
         grey, drawn = rng.choice(self.pool.cxr)
         scores = random_scores(drawn, rng)
         conversation = Conversation()
-        kind = rng.choices(("finding", "describe", "modality"), weights=(0.7, 0.22, 0.08))[0]
+        kind = rng.choices(("finding", "describe", "prediction", "modality"), weights=(0.55, 0.2, 0.18, 0.07))[0]
         question = self._cxr_question(kind, scores, rng)
         self._ask(conversation, "CXR", question.text, [grey_to_rgb(grey)], True)
         if kind == "modality":
@@ -252,8 +266,11 @@ class ConversationMaker:
             return Sample(conversation, "CXR", kind)
         conversation.add("expert", prompts.cxr_feedback(scores, question.text, "trained"))
         conversation.add("assistant", _cxr_reply(question, scores))
-        for _ in range(rng.choice((0, 6, 12, 18))):
-            question = self._cxr_question(rng.choices(("finding", "describe"), weights=(0.93, 0.07))[0], scores, rng)
+        kinds = rng.choices(
+            ("finding", "describe", "prediction"), weights=(0.6, 0.07, 0.33), k=rng.choice((0, 6, 12, 18))
+        )
+        for later in kinds:
+            question = self._cxr_question(later, scores, rng)
             conversation.add("user", question.text)
             conversation.add("assistant", _cxr_reply(question, scores))
         return Sample(conversation, "CXR", kind)
@@ -264,6 +281,7 @@ class ConversationMaker:
         asked = rng.choice((positive, [name for name in scores if name not in positive])) or list(scores)
         makers = {
             "finding": lambda generator: cxr_finding(generator, asked),
+            "prediction": lambda generator: cxr_prediction(generator, asked),
             "describe": from_table("cxr_describe", "describe"),
             "modality": from_table("modality", "modality"),
         }
@@ -294,6 +312,15 @@ class ConversationMaker:
             conversation.add("user", text)
 
 
+def _mri_question(rng: random.Random, kind: str) -> Question:
+    table = {"tumor": "mri_tumor", "segment": "mri_segment", "grade": "mri_grade"}.get(kind)
+    # Grade and segmentation are also asked for in the wordings of expert conversations.
+    name = {"segment": "brain_segment", "grade": "grade"}.get(kind)
+    if name and rng.random() < 0.5:
+        return Question(rng.choice(wordings(name)), kind)
+    return from_table(table or rng.choice(("describe", "modality")), kind)(rng)
+
+
 def _ct_reply(question: Question, legend: Sequence[tuple[str, str]]) -> str:
     if question.kind == "describe":
         return structures_reply(legend)
@@ -304,7 +331,8 @@ def _cxr_reply(question: Question, scores: dict[str, float]) -> str:
     positive = [name for name, score in scores.items() if score > 0.5]
     if question.kind == "describe":
         return findings_reply(positive)
-    return "yes" if question.target in positive else "no"
+    answer = "yes" if question.target in positive else "no"
+    return prediction_reply(question.target, answer) if question.kind == "prediction" else answer
 
 
 def group_ids(argument: str) -> set[int]:

@@ -24,8 +24,9 @@ class Question:
 
     Args:
         text: the wording.
-        kind: ``tumor``, ``describe``, ``group``, ``structure``, ``segment``, ``finding``, ``grade`` or ``modality``.
-        argument: the trigger's argument, or the finding's name for ``finding``.
+        kind: ``tumor``, ``describe``, ``group``, ``structure``, ``segment``, ``finding``, ``prediction``, ``grade``
+            or ``modality``.
+        argument: the trigger's argument, or the finding's name for ``finding`` and ``prediction``.
         target: the structure that decides yes or no; empty where none does.
         reply: the assistant's report for ``segment``.
     """
@@ -101,6 +102,14 @@ def cxr_finding(rng: random.Random, asked: Sequence[str] | None = None) -> Quest
     finding = rng.choice(list(asked or findings))
     text = rng.choice(tables()["cxr_frames"]).format(what=rng.choice(findings[finding]))
     return Question(text, "finding", finding, finding)
+
+
+def cxr_prediction(rng: random.Random, asked: Sequence[str] | None = None) -> Question:
+    """Ask what the expert says of one of the 18 findings, or of those ``asked``."""
+    findings = tables()["cxr_findings"]
+    finding = rng.choice(list(asked or findings))
+    text = rng.choice(tables()["cxr_prediction_frames"]).format(what=rng.choice(findings[finding]))
+    return Question(text, "prediction", finding, finding)
 
 
 def from_table(name: str, kind: str) -> Any:

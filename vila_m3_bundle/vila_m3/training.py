@@ -23,6 +23,7 @@ from vila_m3_common.errors import UserError
 from .checkpoint import load_checkpoint, load_processor, read_config, resolve_checkpoint
 from .configuration import IGNORED_LABEL, VilaM3Config
 from .export import save_released
+from .likeness import look_for_likeness
 from .model import VilaM3ForConditionalGeneration, build_model
 from .nano_tokenizer import relate_phrases, train_tokenizer, wrap_tokenizer
 from .packing import pad_rows
@@ -64,6 +65,7 @@ def start_model(
         return load_checkpoint(checkpoint, device, torch.float32).train()
     model = build_model(dict(config))
     relate_phrases(model.get_input_embeddings(), tokenizer.backend_tokenizer)
+    look_for_likeness(model.llm)
     model.to(torch.device(device))  # type: ignore[arg-type]  # transformers wraps nn.Module.to
     return model
 

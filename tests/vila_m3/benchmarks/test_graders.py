@@ -350,6 +350,13 @@ def test_all_recorded_odd_answers_are_right_in_the_corrected_grading(recorded: P
         assert "".join(letters or ()) == CHOSEN.get(text, ""), text
 
 
+def test_a_call_of_an_expert_is_right_where_it_is_the_true_answer() -> None:
+    truth = "I segmented the liver using <VISTA3D(organs)>."
+    assert answers.is_right(truth, truth) is True
+    assert answers.is_right(truth, "I segmented the liver using <VISTA3D(skeleton)>.") is None
+    assert answers.is_right("yes", "<CXR()>") is None
+
+
 @pytest.mark.parametrize(
     ("text", "finding", "read"),
     [

@@ -201,9 +201,12 @@ def _as_set(text: str) -> str:
 def is_right(truth: str, text: str) -> bool | None:
     """Grade an answer, open or closed, against one true answer; None if it is unparsable.
 
-    A yes/no truth takes a yes/no reading; any other truth equality of a normalised reading.
+    A yes/no truth takes a yes/no reading; any other truth equality of a normalised reading. The truth's own words are
+    right whatever they hold, such as a call of an expert.
     """
     wanted = truth.strip().lower().rstrip(".")
+    if wanted and text.strip().lower().rstrip(".") == wanted:
+        return True
     if wanted in ("yes", "no"):
         read = parse_yes_no(text)
         return None if read is None else read == wanted

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
-from vila_m3_common.conversation import Role
 from vila_m3_common.errors import UserError
-from vila_m3_common.prompts import finding_lines, finding_turns, report_turns
+from vila_m3_common.prompts import report_turns
 
-from ..data.experts.cxr import add_expert, read_scores
+from ..data.experts.cxr import ROLES, add_expert, finding_messages, read_scores
 from ..data.record import Message, Record
 from .definition import Benchmark, Question, prompt_of
-
-_ROLES = ("user", "assistant", "expert")
 
 
 def ask_record(benchmark: Benchmark, question: Question, data_root: str | Path, cards: str = "") -> Record:
@@ -43,10 +39,9 @@ def ask_record(benchmark: Benchmark, question: Question, data_root: str | Path, 
         if benchmark.prompt == "question":
             return add_expert(plain, scores, cards)
         turns = report_turns(question.text, scores, cards)
+        messages = tuple(Message(role, text) for role, text in zip(ROLES, turns, strict=False))
     else:
-        lines = finding_lines(scores) if scores is not None else ""
-        turns = finding_turns(benchmark.prompt, question.findings, question.finding, lines, cards)
-    messages = tuple(Message(cast(Role, role), text) for role, text in zip(_ROLES, turns, strict=False))
+        messages = finding_messages(benchmark.prompt, question.findings, question.finding, scores, cards)
     return replace(plain, messages=messages, images=() if benchmark.prompt == "text_only" else plain.images)
 
 

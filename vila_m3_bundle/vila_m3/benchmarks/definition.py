@@ -12,7 +12,7 @@ import yaml
 
 from vila_m3_common.conversation import IMAGE_TOKEN
 from vila_m3_common.errors import UserError, near_match_hint
-from vila_m3_common.prompts import FINDING_FORMS
+from vila_m3_common.prompts import EXPERT_FORMS, FINDING_FORMS
 
 from ..data.record import Record, resolve_image
 from ..data.source import Item, Rejected, finish
@@ -20,7 +20,6 @@ from .report_metrics import METRICS
 
 GRADERS = ("exact", "pathvqa", "diff_vqa", "chestxray14", "chexpert", "report", "choice", "trigger")
 PROMPTS = ("question", "report", "conversation", *FINDING_FORMS)
-_NEED_EXPERT = ("binary_conv", "text_only")
 INCLUDE = "include"
 
 
@@ -117,7 +116,7 @@ def load_benchmark(name: str, folder: str | Path) -> Benchmark:
     _check_choice(benchmark.prompt, PROMPTS, "prompt", known[name])
     for metric in benchmark.metrics if benchmark.grader == "report" else ():
         _check_choice(metric, list(METRICS), "metric", known[name])
-    if benchmark.prompt in _NEED_EXPERT and not benchmark.expert:
+    if benchmark.prompt in EXPERT_FORMS and not benchmark.expert:
         raise UserError(
             f"{known[name]}: prompt {benchmark.prompt} tells an expert's findings; give their folder as expert"
         )

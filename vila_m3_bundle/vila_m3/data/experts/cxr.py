@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vila_m3_common.conversation import IMAGE_TOKEN
+from vila_m3_common.conversation import IMAGE_TOKEN, Role
 from vila_m3_common.errors import UserError
-from vila_m3_common.prompts import cxr_feedback, opening, trigger_reply
+from vila_m3_common.prompts import cxr_feedback, finding_lines, finding_turns, opening, trigger_reply
 
 from ..record import Message, Record, resolve_image
+
+# Who speaks in turn before the answer.
+ROLES: tuple[Role, ...] = ("user", "assistant", "expert")
 
 
 def read_scores(root: str | Path, image: str) -> dict[str, float]:
@@ -31,6 +34,23 @@ def read_scores(root: str | Path, image: str) -> dict[str, float]:
     ):
         raise UserError(f"predictions {image}.json are not finding -> number; give those of the ensemble")
     return scores
+
+
+def finding_messages(
+    form: str, findings: Sequence[str], finding: str, scores: Mapping[str, float] | None = None, cards: str = ""
+) -> tuple[Message, ...]:
+    """Return the turns before the answer to a question for findings, as benchmarks ask it.
+
+    Args:
+        form: one of :data:`vila_m3_common.prompts.FINDING_FORMS`.
+        findings: names in the order of their letters.
+        finding: the name that all forms but ``multi_choice`` ask for.
+        scores: an expert's findings; None asks without one.
+        cards: text of the model cards.
+    """
+    lines = finding_lines(scores) if scores is not None else ""
+    turns = finding_turns(form, findings, finding, lines, cards)
+    return tuple(Message(role, text) for role, text in zip(ROLES, turns, strict=False))
 
 
 def add_expert(record: Record, scores: dict[str, float], cards: str) -> Record:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vila_m3_common.errors import check_choice
+from vila_m3_common.errors import UserError, check_choice
 from vila_m3_common.patients import is_held_out
-from vila_m3_common.prompts import WHICH_FINDINGS, finding_turns, is_there
+from vila_m3_common.prompts import EXPERT_FORMS, FINDING_FORMS, WHICH_FINDINGS, is_there
 
-from ..record import Message, Record
+from ..experts.cxr import finding_messages, read_scores
+from ..record import Record
 from ..source import Item, Located, Rejected, RowProblem, ask, check_folder, find_file, read_csv_rows
 
 FORMS = ("binary", "multi_choice")
@@ -33,7 +35,10 @@ def read_finding_labels(
     listed: str = "",
     held_out_share: float | None = None,
     dataset: str = "finding_labels",
-    prompt: str = "",
+    prompt: str | Sequence[str] = "",
+    expert: str | Path = "",
+    cards: str = "",
+    seed: int = 0,
 ) -> Iterator[Item]:
     """Yield whether each finding is present, image by image in the order of the file.
 
@@ -53,15 +58,21 @@ def read_finding_labels(
         held_out_share: share of the patients in test, chosen by the checksum of their id, so that a patient stays where
             it is when others are added; the chest X-ray expert splits so too.
         dataset: for the metadata.
-        prompt: words the questions as benchmarks do, ``binary`` or ``multi_choice`` (equal to ``form``); empty asks the
-            bare question.
+        prompt: words the questions as benchmarks do, ``multi_choice`` for that form and any other of
+            :data:`vila_m3_common.prompts.FINDING_FORMS` for ``binary``; of several one is drawn for every question.
+            Empty asks the bare question.
+        expert: folder of an expert's saved findings, ``<image>.json``, which such a prompt then tells; see
+            :func:`vila_m3.data.experts.cxr.read_scores`.
+        cards: text of the model cards, for ``binary_conv``.
+        seed: of the drawn forms.
 
     Raises:
-        UserError: for an unknown split or form, or a missing file or column.
+        UserError: for an unknown split, form or prompt, or a missing file or column.
     """
     check_choice(split, SPLITS, "split")
     check_choice(form, FORMS, "form")
-    check_choice(prompt, ("", *FORMS), "prompt")
+    prompts = _check_prompts(prompt, form, bool(expert))
+    rng = random.Random(f"finding_labels/{seed}")
     path = find_file(check_folder(source), file)
     columns = [image, patient, *([listed] if listed else findings.values()), *([split_column] if split_column else [])]
     for number, row in read_csv_rows(path, columns):
@@ -81,15 +92,57 @@ def read_finding_labels(
             continue
         metadata = {"dataset": dataset, "split": split, "patient": owner, "answer_type": "CLOSED"}
         for record in _ask(row[image] + image_ending, present, form, metadata):
-            yield Located(number, _word(record, prompt), path.name)
+            try:
+                worded = _word(record, rng.choice(prompts), expert, cards) if prompts else record
+            except UserError as error:
+                yield Rejected(number, str(error), path.name)
+                continue
+            yield Located(number, worded, path.name)
 
 
-def _word(record: Record, prompt: str) -> Record:
+def limit_negatives(items: Iterable[Item], per_positive: float | None, seed: int = 0) -> Iterator[Item]:
+    """Keep of each finding's questions at most so many that are answered with no for each that yes answers.
+
+    Most findings are rare: a model that learns from all questions does best to say no to each.
+
+    Args:
+        items: of :func:`read_finding_labels`, one question a finding.
+        per_positive: negatives for each positive; None keeps all.
+        seed: of the draw.
+    """
+    if per_positive is None:
+        yield from items
+        return
+    kept = list(items)
+    records = [item.record for item in kept if isinstance(item, Located)]
+    draw = random.Random(f"negatives/{seed}")
+    left_out: set[str] = set()
+    for finding in dict.fromkeys(record.metadata["finding"] for record in records):
+        asked = [record for record in records if record.metadata["finding"] == finding]
+        no = [record.id for record in asked if record.messages[-1].text == "no"]
+        count = max(0, len(no) - round(per_positive * (len(asked) - len(no))))
+        left_out.update(draw.sample(no, count))
+    yield from (item for item in kept if not isinstance(item, Located) or item.record.id not in left_out)
+
+
+def _check_prompts(prompt: str | Sequence[str], form: str, has_expert: bool) -> list[str]:
+    """Return the forms to draw from."""
+    prompts = [prompt] if isinstance(prompt, str) and prompt else list(prompt)
+    allowed = ["multi_choice"] if form == "multi_choice" else [name for name in FINDING_FORMS if name != "multi_choice"]
+    for name in prompts:
+        check_choice(name, allowed, "prompt")
+        if name in EXPERT_FORMS and not has_expert:
+            raise UserError(f"prompt {name} tells an expert's findings; give their folder as expert")
+    return prompts
+
+
+def _word(record: Record, prompt: str, expert: str | Path, cards: str) -> Record:
     """Put a question into the form in which a benchmark asks it."""
-    if not prompt:
-        return record
-    (text,) = finding_turns(prompt, record.metadata["findings"], record.metadata.get("finding", ""))
-    return replace(record, messages=(Message("user", text), *record.messages[1:]))
+    told = record.metadata
+    scores = read_scores(expert, record.images[0]) if expert else None
+    messages = finding_messages(prompt, told["findings"], told.get("finding", ""), scores, cards)
+    images = () if prompt == "text_only" else record.images
+    return replace(record, messages=(*messages, record.messages[-1]), images=images)
 
 
 def _find_patient(text: str, pattern: str) -> str:
