@@ -7,6 +7,7 @@ import pytest
 from vila_m3.phantom_conversations import ConversationMaker, random_labels, show_group
 from vila_m3.questions import ct_segment, ct_tumor, cxr_finding, draw, is_held_out, tables
 from vila_m3_common.anatomy import GROUPS
+from vila_m3_common.errors import UserError
 from vila_m3_common.prompts import CXR_FINDINGS
 from vila_m3_common.trigger import parse_triggers
 
@@ -73,3 +74,14 @@ def test_what_the_expert_said_of_a_finding_is_told_as_its_line(maker: Conversati
                 assert f"\n{turn.text}\n" in feedback
                 told += 1
     assert told > 100
+
+
+def test_shares_choose_the_kinds_of_images(maker: ConversationMaker) -> None:
+    only = ConversationMaker(maker.pool, maker.cards, shares={"CXR": 2})
+    assert {only(seed).modality for seed in range(40)} == {"CXR"}
+    drawn = Counter(maker(seed).modality for seed in range(400))
+    assert drawn["CXR"] > drawn["CT"] > drawn["MRI"]
+    with pytest.raises(UserError, match="unknown kind of phantom 'XR'"):
+        ConversationMaker(maker.pool, maker.cards, shares={"XR": 1})
+    with pytest.raises(UserError, match="draw nothing"):
+        ConversationMaker(maker.pool, maker.cards, shares={"CT": 0})

@@ -35,6 +35,20 @@ def test_a_run_measures_the_model_that_it_trains_from_its_own_start(variant: Var
     assert model["seed"] == training["seed"] == 1
 
 
+def test_a_run_may_learn_to_read_first() -> None:
+    commands = {**COMMANDS, "reading": Command(["train.json"], {"epochs": 1, "rate": 0.2}, 3)}
+    model, reading, training, evaluation = (
+        step["overrides"] for step in plan_run(VARIANTS[1], 2, commands, Path("work"))
+    )
+    assert [reading["epochs"], training["epochs"], reading["seed"]] == [1, 3, 2]
+    assert reading["start_checkpoint"] == model["output_dir"]
+    assert training["start_checkpoint"] == reading["checkpoint_out"]
+    assert evaluation["checkpoint"] == training["checkpoint_out"]
+    assert reading["ckpt_dir"] != training["ckpt_dir"]
+    alone = Variant("alone", ["slake"], reads=False)
+    assert [step["name"] for step in plan_run(alone, 0, commands, Path("work"))] == ["model", "training", "evaluation"]
+
+
 def test_a_variant_changes_what_it_names_alone() -> None:
     base, long, large = (overrides_of(variant, 0) for variant in VARIANTS)
     assert [base[1]["epochs"], long[1]["epochs"], large[1]["epochs"]] == [2, 3, 2]

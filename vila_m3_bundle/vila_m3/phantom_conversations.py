@@ -6,7 +6,7 @@ These train and test the nano VLM. Every text comes from ``vila_m3_common.prompt
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vila_m3_common import phantoms, prompts
 from vila_m3_common.anatomy import GROUPS, NAMES, TUMORS
 from vila_m3_common.conversation import Conversation
+from vila_m3_common.errors import UserError, check_choice
 from vila_m3_common.overlay import assign_colors, blend
 from vila_m3_common.slices import grey_to_rgb, scale_min_max, take_slice, window_ct
 
@@ -47,6 +48,10 @@ _ERROR_REASONS = (
     "the image could not be read",
     "its weights are missing",
 )
+
+
+# How often a conversation is about each kind of image; one about a radiograph costs least, as several share a picture.
+SHARES = {"CT": 0.3, "MRI": 0.15, "CXR": 0.45, "other": 0.1}
 
 
 def error_reply(name: str) -> str:
@@ -141,18 +146,36 @@ class ConversationMaker:
         pool: phantom slices.
         cards: text of the model cards.
         held_out: whether to use only the question wordings that training never sees.
+        shares: how often each of ``CT``, ``MRI``, ``CXR`` and ``other`` (what no expert reads) is drawn, in any unit;
+            None takes :data:`SHARES`.
+
+    Raises:
+        UserError: for another name, or shares that are negative or all zero.
     """
 
-    def __init__(self, pool: PhantomPool, cards: str, held_out: bool = False) -> None:
+    def __init__(
+        self, pool: PhantomPool, cards: str, held_out: bool = False, shares: Mapping[str, float] | None = None
+    ) -> None:
         self.pool = pool
         self.cards = cards
         self.held_out = held_out
+        self.shares = dict(SHARES if shares is None else shares)
+        for name in self.shares:
+            check_choice(name, list(SHARES), "kind of phantom")
+        if not any(self.shares.values()) or min(self.shares.values()) < 0:
+            raise UserError(f"shares {self.shares} draw nothing; give numbers from 0 on, one of them above it")
 
     def __call__(self, seed: int) -> Sample:
         """Make one conversation; everything random follows from ``seed``."""
         rng = random.Random(seed)
-        makers: tuple[Callable[[random.Random], Sample], ...] = (self._ct, self._mri, self._cxr, self._other)
-        return rng.choices(makers, weights=(0.26, 0.14, 0.5, 0.1))[0](rng)
+        makers: dict[str, Callable[[random.Random], Sample]] = {
+            "CT": self._ct,
+            "MRI": self._mri,
+            "CXR": self._cxr,
+            "other": self._other,
+        }
+        (kind,) = rng.choices(list(self.shares), weights=list(self.shares.values()))
+        return makers[kind](rng)
 
     def _draw(self, make: Callable[[random.Random], Question], rng: random.Random) -> Question:
         return draw(make, rng, self.held_out)

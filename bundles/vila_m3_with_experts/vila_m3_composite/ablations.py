@@ -31,12 +31,14 @@ class Variant:
         model: overrides of the new model that its trainings start from; empty takes the base's.
         training: overrides of the training.
         benchmarks: it is measured on.
+        reads: whether it first learns to read the expert's turns, where the study has a command for that.
     """
 
     name: str
     benchmarks: Sequence[str]
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    reads: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,30 +63,25 @@ class Command:
 
 
 def plan_run(variant: Variant, seed: int, commands: Mapping[str, Command], work: Path) -> list[dict[str, Any]]:
-    """Return the steps of one run: a new model, its training and its measurement.
+    """Return the steps of one run: a new model, its trainings and its measurement.
 
     Args:
         variant: what differs from the base.
         seed: of the new weights and of the training.
-        commands: ``model``, ``training`` and ``evaluation``.
+        commands: ``model``, ``reading`` (may be missing), ``training`` and ``evaluation``.
         work: folder of all runs.
     """
     folder = run_folder(work, variant.name, seed)
-    start, model, state, results = (str(folder / part) for part in ("start", "model", "state", "results"))
-    created = {**variant.model, "output_dir": start, "seed": seed}
-    trained = {
-        **variant.training,
-        "start_checkpoint": start,
-        "checkpoint_out": model,
-        "ckpt_dir": state,
-        "seed": seed,
-    }
-    measured = {"checkpoint": model, "benchmarks": list(variant.benchmarks), "output_dir": results}
-    return [
-        commands["model"].step("model", [start], created),
-        commands["training"].step("training", [model, state], trained),
-        commands["evaluation"].step("evaluation", [results], measured),
-    ]
+    start, results = str(folder / "start"), str(folder / "results")
+    steps = [commands["model"].step("model", [start], {**variant.model, "output_dir": start, "seed": seed})]
+    changed: dict[str, Mapping[str, Any]] = {"reading": {}, "training": variant.training}
+    for name in ("reading", "training") if "reading" in commands and variant.reads else ("training",):
+        out, state = str(folder / name), str(folder / f"{name}_state")
+        trained = {"start_checkpoint": start, "checkpoint_out": out, "ckpt_dir": state, "seed": seed}
+        steps.append(commands[name].step(name, [out, state], {**changed[name], **trained}))
+        start = out
+    measured = {"checkpoint": start, "benchmarks": list(variant.benchmarks), "output_dir": results}
+    return [*steps, commands["evaluation"].step("evaluation", [results], measured)]
 
 
 def run_folder(work: Path, variant: str, seed: int) -> Path:
@@ -105,7 +102,8 @@ def run_ablations(
     Args:
         variants: name -> arguments of :class:`Variant`, in the order of the table.
         seeds: of the new weights and the trainings.
-        commands: ``model``, ``training`` and ``evaluation``, each the arguments of :class:`Command`.
+        commands: ``model``, ``reading`` (may be missing), ``training`` and ``evaluation``, each the arguments of
+            :class:`Command`.
         work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``, and ``log.txt`` of every run.
         jobs: runs at a time, each a process with its share of the processor.
 

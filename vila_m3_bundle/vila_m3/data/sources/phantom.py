@@ -58,6 +58,7 @@ def read_phantoms(
     foreign_count: int,
     volume_count: int,
     seed: int = 0,
+    shares: Mapping[str, float] | None = None,
 ) -> Iterator[Item]:
     """Yield conversations, and write their pictures below ``images``, each once.
 
@@ -70,9 +71,10 @@ def read_phantoms(
         foreign_count: questions of another modality.
         volume_count: phantoms of each modality, and as many CTs to count in.
         seed: of the conversations.
+        shares: of the kinds of images in conversations of the first kind, see :class:`.ConversationMaker`.
 
     Raises:
-        UserError: for an unknown split, no phantom, or negative counts.
+        UserError: for an unknown split, no phantom, negative counts, or shares of an unknown kind.
     """
     check_choice(split, list(FIRST_SEEDS), "split")
     counts = (count, counted_count, foreign_count)
@@ -83,17 +85,24 @@ def read_phantoms(
         )
     folder = Path(images)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    for number, sample in enumerate(_samples(split, cards, counts, volume_count, seed), start=1):
+    for number, sample in enumerate(_samples(split, cards, counts, volume_count, seed, shares), start=1):
         yield Located(number, _to_record(sample, number, folder, split))
 
 
-def _samples(split: str, cards: str, counts: Sequence[int], volume_count: int, seed: int) -> Iterator[Sample]:
+def _samples(
+    split: str,
+    cards: str,
+    counts: Sequence[int],
+    volume_count: int,
+    seed: int,
+    shares: Mapping[str, float] | None,
+) -> Iterator[Sample]:
     first, held_out = FIRST_SEEDS[split], split != "train"
     rng = random.Random(f"{split}/{seed}")
     count, counted_count, foreign_count = counts
     if count or foreign_count:
         pool = build_pool(volume_count, first)
-        maker = ConversationMaker(pool, cards, held_out)
+        maker = ConversationMaker(pool, cards, held_out, shares)
         yield from (maker(1_000_000 * seed + number) for number in range(count))
         yield from (ask_foreign(pool, cards, rng, held_out) for _ in range(foreign_count))
     if counted_count:
