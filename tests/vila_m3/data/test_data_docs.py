@@ -79,6 +79,7 @@ PREDICTED["conversations"].append({"from": "gpt", "value": "Clear."})  # type: i
 PICKLED = {"sent": "Q?", "img_id": "i", "label": {"no": 1}, "question_id": "7", "answer_type": "yes/no"}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "slake": ("test", {"test.json": [SLAKE], "imgs/x/a.jpg": None}),
+    "slake_choice": ("test", {"test.json": [{**SLAKE, "content_type": "KG"}]}),
     "vqa_rad": ("test", {"VQA_RAD_Dataset_Public.json": [RAD], "images/a.jpg": None}),
     "vqa_rad+vqa_rad_all": ("test", {"VQA_RAD_Dataset_Public.json": [RAD], "images/a.jpg": None}),
     "pathvqa": ("test", {f"{part}-00000-of-00001-ab.parquet": parquet for part in ("train", "validation", "test")}),
@@ -119,6 +120,7 @@ ANSWERS = {
     "phantom": "This is a chest x-ray.",
     "without_expert": "Clear.",
     "slake": "CT",
+    "slake_choice": "A. CT",
     "vqa_rad": "yes",
     "vqa_rad_all": "yes",
     "pathvqa": "yes",
