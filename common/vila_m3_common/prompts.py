@@ -41,6 +41,16 @@ CXR_TRAINED_ORDER = (*(name for name in CXR_FINDINGS if name != "Pneumothorax"),
 BRATS_LABELS = (1, 2, 4)
 
 
+def spoken(name: str) -> str:
+    """Return a finding or structure as texts spell it: ``Pleural_Thickening`` -> ``pleural thickening``."""
+    return name.lower().replace("_", " ")
+
+
+def prediction(finding: str, word: str) -> str:
+    """Return what the chest X-ray expert's turn says of one finding (``edema: yes``), without the line's end."""
+    return f"{spoken(finding)}: {word}"
+
+
 def opening(modality: str, question: str, cards: str, variant: Variant = "trained") -> str:
     """Return the first user turn of a study, with the model cards before it.
 
@@ -125,7 +135,7 @@ def cxr_feedback(scores: Mapping[str, float], question: str, variant: Variant, u
     findings = list(scores) if is_trained else sorted(scores)
     words = {name: "yes" if _is_positive(scores[name], is_trained) else "no" for name in findings}
     words.update(dict.fromkeys(set(uncertain) & words.keys(), "uncertain"))
-    lines = "".join(f"{name.lower().replace('_', ' ')}: {word}\n" for name, word in words.items())
+    lines = "".join(f"{prediction(name, word)}\n" for name, word in words.items())
     if is_trained:
         instruction = (
             " Analyze the image and take these predictions into account when responding to this prompt:\n" + question
@@ -234,9 +244,7 @@ def finding_lines(scores: Mapping[str, float], starts_with_blank: bool = True) -
         starts_with_blank: as in classification; the lines of report generation start without.
     """
     blank = " " if starts_with_blank else ""
-    return "".join(
-        f"{blank}{name.lower().replace('_', ' ')}: {'yes' if score > 0.5 else 'no'}\n" for name, score in scores.items()
-    )
+    return "".join(f"{blank}{prediction(name, 'yes' if score > 0.5 else 'no')}\n" for name, score in scores.items())
 
 
 def finding_turns(

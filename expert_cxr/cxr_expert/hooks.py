@@ -10,7 +10,7 @@ import torch
 
 from vila_m3_common.errors import UserError
 from vila_m3_common.expert import ExpertRequest, ExpertResult
-from vila_m3_common.prompts import CXR_FINDINGS, CXR_TRAINED_ORDER, Variant, cxr_feedback
+from vila_m3_common.prompts import CXR_FINDINGS, CXR_TRAINED_ORDER, Variant, cxr_feedback, spoken
 
 from .calibration import Calibration
 from .figure import draw_scores
@@ -85,7 +85,7 @@ class CxrFeedback:
         by_head = dict(zip(CXR_FINDINGS, self.calibration.probabilities(raw)[0].tolist(), strict=True))
         return [
             {
-                "name": finding.lower().replace("_", " "),
+                "name": spoken(finding),
                 "probability": round(by_head[finding], 4),
                 "threshold": round(fitted.threshold, 4),
                 "is_uncertain": finding in uncertain,
@@ -104,7 +104,7 @@ def uncertain_notes(uncertain: Sequence[str]) -> list[str]:
     """Return one sentence that names the findings whose probability lies in their uncertain band."""
     if not uncertain:
         return []
-    names = ", ".join(finding.lower().replace("_", " ") for finding in uncertain)
+    names = ", ".join(map(spoken, uncertain))
     return [f"Uncertain by the calibration, whatever the answer says: {names}."]
 
 
@@ -112,7 +112,7 @@ def untrained_notes(untrained: tuple[str, ...]) -> list[str]:
     """Return one sentence that names the findings without a trained head, or nothing."""
     if not untrained:
         return []
-    names = ", ".join(finding.lower().replace("_", " ") for finding in untrained)
+    names = ", ".join(map(spoken, untrained))
     return [
         f"The loaded weights have no trained and calibrated head for {names}; a 'no' there is only a missing answer."
     ]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from vila_m3_common.anatomy import NAMES
 from vila_m3_common.chat_template import TEMPLATES
 from vila_m3_common.overlay import COLOR_CYCLE
-from vila_m3_common.prompts import CXR_FINDINGS
+from vila_m3_common.prompts import CXR_FINDINGS, prediction, spoken
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -31,13 +31,13 @@ LLAMA_3_PIECES = (
 
 # What benchmarks append to their questions (configs/benchmarks/slake.yaml).
 BENCHMARK_SUFFIX = "Answer with the option's letter from the given choices directly."
-FINDINGS = tuple(finding.lower().replace("_", " ") for finding in CXR_FINDINGS)
+FINDINGS = tuple(map(spoken, CXR_FINDINGS))
 
 
 def compound_phrases() -> dict[str, tuple[str, str]]:
     """Return the phrases that say one thing of another, with these two parts: a legend's entry, a prediction."""
     legend = {f": {name}": (":", name) for name in NAMES.values()}
-    predictions = {f"{finding}: {answer}": (finding, answer) for finding in FINDINGS for answer in ("yes", "no")}
+    predictions = {prediction(finding, answer): (finding, answer) for finding in FINDINGS for answer in ("yes", "no")}
     return legend | predictions
 
 

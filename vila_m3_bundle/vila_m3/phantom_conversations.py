@@ -71,12 +71,7 @@ def findings_reply(positive: Sequence[str]) -> str:
     """Return the answer to "what are the findings" of a chest X-ray."""
     if not positive:
         return "There are no findings."
-    return f"The findings are: {', '.join(name.lower().replace('_', ' ') for name in positive)}."
-
-
-def prediction_reply(finding: str, answer: str) -> str:
-    """Return the answer to "what does the expert say about edema": the line of its turn."""
-    return f"{finding.lower().replace('_', ' ')}: {answer}"
+    return f"The findings are: {', '.join(map(prompts.spoken, positive))}."
 
 
 @dataclass
@@ -355,7 +350,7 @@ def _cxr_reply(question: Question, scores: dict[str, float]) -> str:
     if question.kind == "describe":
         return findings_reply(positive)
     answer = "yes" if question.target in positive else "no"
-    return prediction_reply(question.target, answer) if question.kind == "prediction" else answer
+    return prompts.prediction(question.target, answer) if question.kind == "prediction" else answer
 
 
 def group_ids(argument: str) -> set[int]:

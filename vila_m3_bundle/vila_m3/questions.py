@@ -98,18 +98,19 @@ def ct_segment(rng: random.Random) -> Question:
 
 def cxr_finding(rng: random.Random, asked: Sequence[str] | None = None) -> Question:
     """Ask for one of the 18 findings, or of those ``asked``."""
-    findings = tables()["cxr_findings"]
-    finding = rng.choice(list(asked or findings))
-    text = rng.choice(tables()["cxr_frames"]).format(what=rng.choice(findings[finding]))
-    return Question(text, "finding", finding, finding)
+    return _about_finding(rng, asked, "cxr_frames", "finding")
 
 
 def cxr_prediction(rng: random.Random, asked: Sequence[str] | None = None) -> Question:
     """Ask what the expert says of one of the 18 findings, or of those ``asked``."""
+    return _about_finding(rng, asked, "cxr_prediction_frames", "prediction")
+
+
+def _about_finding(rng: random.Random, asked: Sequence[str] | None, frames: str, kind: str) -> Question:
     findings = tables()["cxr_findings"]
     finding = rng.choice(list(asked or findings))
-    text = rng.choice(tables()["cxr_prediction_frames"]).format(what=rng.choice(findings[finding]))
-    return Question(text, "prediction", finding, finding)
+    text = rng.choice(tables()[frames]).format(what=rng.choice(findings[finding]))
+    return Question(text, kind, finding, finding)
 
 
 def from_table(name: str, kind: str) -> Any:

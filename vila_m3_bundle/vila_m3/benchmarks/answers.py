@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from vila_m3_common.prompts import CXR_FINDINGS
+from vila_m3_common.prompts import CXR_FINDINGS, spoken
 from vila_m3_common.trigger import parse_triggers
 
 from .published import normalize_word
@@ -122,7 +122,7 @@ _SAME_FINDING = {
     "airspace opacity": "opacity",
     "enlarged heart": "cardiomegaly",
 }
-_FINDINGS = {_SAME_FINDING.get(name, name) for name in (item.lower().replace("_", " ") for item in CXR_FINDINGS)}
+_FINDINGS = {_SAME_FINDING.get(name, name) for name in map(spoken, CXR_FINDINGS)}
 
 
 def parse_finding(text: str, finding: str) -> YesNo | None:

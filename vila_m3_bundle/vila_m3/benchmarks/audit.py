@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vila_m3_common.errors import UserError, exits_with_message
+from vila_m3_common.prompts import spoken
 from vila_m3_common.standalone import make_output_dir
 
 from ..answer import Answerer
@@ -54,13 +55,13 @@ class Reading:
 
 @cache
 def _pattern(modality: str) -> re.Pattern[str]:
-    names = sorted((name.lower().replace("_", " ") for name in known_names(modality)), key=len, reverse=True)
+    names = sorted(map(spoken, known_names(modality)), key=len, reverse=True)
     return re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")s?\b")
 
 
 def named_in(text: str, modality: str) -> frozenset[str]:
     """Return the findings or structures that an answer names, the longest first ("left lung upper lobe")."""
-    spelt = {name.lower().replace("_", " "): name for name in known_names(modality)}
+    spelt = {spoken(name): name for name in known_names(modality)}
     return frozenset(spelt[name] for name in _pattern(modality).findall(text.lower().replace("_", " ")))
 
 

@@ -137,8 +137,8 @@ def _film_feedback(
     target = question.target
     flipped = said ^ {target} if target else frozenset(prompts.CXR_TRAINED_ORDER) - said
     both = target or rng.choice(prompts.CXR_TRAINED_ORDER)
-    line = f"{both.lower().replace('_', ' ')}: "
-    text = _film_text(said | {both}, question).replace(f"{line}yes\n", f"{line}yes\n{line}no\n")
+    yes, no = (f"{prompts.prediction(both, word)}\n" for word in ("yes", "no"))
+    text = _film_text(said | {both}, question).replace(yes, yes + no)
     return {
         "expert": Feedback(_film_text(said, question), (), said),
         "true": Feedback(_film_text(truth, question), (), truth),

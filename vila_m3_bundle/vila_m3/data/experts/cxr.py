@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vila_m3_common.conversation import IMAGE_TOKEN, Role
 from vila_m3_common.errors import UserError
-from vila_m3_common.prompts import cxr_feedback, finding_lines, finding_turns, opening, trigger_reply
+from vila_m3_common.prompts import cxr_feedback, finding_lines, finding_turns, opening, spoken, trigger_reply
 
 from ..record import Message, Record, resolve_image
 
@@ -107,6 +107,4 @@ def sample_and_split(
 
 def multilabel_answer(findings: Sequence[str]) -> str:
     """Return the answer to which findings are present."""
-    return (
-        f"Findings: {', '.join(name.lower().replace('_', ' ') for name in findings)}." if findings else "No findings."
-    )
+    return f"Findings: {', '.join(map(spoken, findings))}." if findings else "No findings."
