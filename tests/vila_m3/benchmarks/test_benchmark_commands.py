@@ -27,13 +27,15 @@ def write_slake(folder: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(picture).save(folder / "imgs/xmlab1/source.jpg")
     asked = [("Is this a chest?", "Yes", "CLOSED"), ("Which organ?", "Lung", "OPEN"), ("Is it normal?", "No", "CLOSED")]
-    rows = [
-        {"img_id": 1, "img_name": "xmlab1/source.jpg", "question": text, "answer": answer, "q_lang": "en",
-         "location": "Lung", "modality": "X-Ray", "answer_type": kind, "base_type": "vqa",
-         "content_type": "Organ", "triple": ["vhead", "_", "_"], "qid": number}
-        for number, (text, answer, kind) in enumerate(asked, start=1)
-    ]  # fmt: skip
-    (folder / "test.json").write_text(json.dumps(rows))
+    learnt = [("Is it normal?", "No", "CLOSED"), ("What organ is it?", "Liver", "OPEN")]
+    for split, told in {"test": asked, "train": learnt, "validate": learnt[:1]}.items():
+        rows = [
+            {"img_id": 1, "img_name": "xmlab1/source.jpg", "question": text, "answer": answer, "q_lang": "en",
+             "location": "Lung", "modality": "X-Ray", "answer_type": kind, "base_type": "vqa",
+             "content_type": "Organ", "triple": ["vhead", "_", "_"], "qid": number}
+            for number, (text, answer, kind) in enumerate(told, start=1)
+        ]  # fmt: skip
+        (folder / f"{split}.json").write_text(json.dumps(rows))
 
 
 def write_films(folder: Path, findings: Path) -> None:
@@ -85,11 +87,15 @@ def evaluated(repository: Path, data: Path, tmp_path_factory: pytest.TempPathFac
 
 def test_evaluate_writes_scores_prompts_and_raw_answers(evaluated: Path) -> None:
     results = json.loads((evaluated / "results.json").read_text())
-    kinds = {"slake", "slake_blank", "slake_majority", "nih", "nih_blank", "nih_majority"}
+    kinds = {"slake", "slake_blank", "slake_prior", "slake_majority", "nih", "nih_blank", "nih_majority"}
     assert kinds | {"nih_expert", "nih_expert_blank", "nih_expert_majority"} == set(results)
     assert results["slake"]["accuracy"]["count"] == 3
     assert set(results["slake"]["accuracy"]) == {"value", "interval", "count"}
     assert results["slake"]["details"]["reliability"]["bins"]
+    # Training says "No" to normal, and knows "Liver" alone for open questions.
+    assert results["slake_prior"]["accuracy"]["value"] == pytest.approx(1 / 3)
+    prior = [json.loads(line) for line in (evaluated / "predictions/slake_prior.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in prior] == ["No", "Liver", "No"]
     rows = [json.loads(line) for line in (evaluated / "predictions/nih_expert.jsonl").read_text().splitlines()]
     assert len(rows) == results["nih_expert"]["corrected_f1"]["count"] > 0
     assert all(" effusion: " in row["prompt"] and 0 <= row["confidence"] <= 1 for row in rows)

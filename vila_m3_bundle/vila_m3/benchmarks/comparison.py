@@ -17,7 +17,7 @@ from .grading import grade, write_json
 from .page import expert_pairs
 from .predictions import Predictions, read_predictions
 from .statistics import PERMUTATIONS, Measure, SumMeasure, compare
-from .tables import BLANK_ENDING, columns_of, heading, percent
+from .tables import BLANK_ENDING, PRIOR_ENDING, columns_of, heading, percent
 
 # A rank is computed anew for every exchange, a sum is not.
 _RANK_PERMUTATIONS = 1000
@@ -40,11 +40,12 @@ def find_runs(source: str | Path) -> dict[str, Path]:
 
 
 def default_pairs(first: Mapping[str, Path], second: Mapping[str, Path], is_same: bool) -> list[tuple[str, str]]:
-    """Return what to compare: equal names of two runs; within one run, blank with image and without with expert."""
+    """Return what to compare: equal names of two runs; within one run, baselines with it and without with expert."""
     if not is_same:
         return [(name, name) for name in first if name in second]
     names = list(first)
-    return [(f"{name}{BLANK_ENDING}", name) for name in names if f"{name}{BLANK_ENDING}" in names] + expert_pairs(names)
+    baselines = [(name + ending, name) for name in names for ending in (BLANK_ENDING, PRIOR_ENDING)]
+    return [pair for pair in baselines if pair[0] in names] + expert_pairs(names)
 
 
 class _Runs:
@@ -57,9 +58,8 @@ class _Runs:
 
     def read(self, name: str, path: Path) -> tuple[Benchmark, list[Question], Predictions]:
         """Return the benchmark of a run (``slake_blank`` is of ``slake``), its questions and the predictions."""
-        benchmark = load_benchmark(
-            name if name in self._known else name.removesuffix(BLANK_ENDING), self.benchmarks_dir
-        )
+        known = name if name in self._known else name.removesuffix(BLANK_ENDING).removesuffix(PRIOR_ENDING)
+        benchmark = load_benchmark(known, self.benchmarks_dir)
         if benchmark.name not in self._questions:
             self._questions[benchmark.name] = read_questions(benchmark, self.data_root)
         questions = self._questions[benchmark.name]

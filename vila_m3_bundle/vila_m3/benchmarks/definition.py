@@ -42,6 +42,8 @@ class Benchmark:
             ``conversation`` gives the record's own turns, as they are, up to its last.
         expert: folder of an expert's saved findings, below ``data_root``; empty asks without an expert.
         metrics: what tables show, the headline first.
+        training: what differs in ``options`` to read the questions that models may learn from; their commonest answers
+            are a baseline. Empty where there are none.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Benchmark:
     prompt: str = "question"
     expert: str = ""
     metrics: Sequence[str] = ("accuracy",)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def published_scores(self) -> dict[str, dict[str, float]]:
         """Return model -> metric -> published score in percent; a bare number is the headline's."""
@@ -160,7 +163,7 @@ def _check_keys(row: Mapping[str, Any], path: Path) -> None:
     missing = [key for key in needed if not isinstance(row.get(key), str)]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} must be given as text")
-    for key in ("options", "published"):
+    for key in ("options", "published", "training"):
         if not isinstance(row.get(key, {}), dict):
             raise UserError(f"{path}: {key} must be a table of names and values")
     if not isinstance(row.get("metrics", []), list) or "metrics" in row and not row["metrics"]:
@@ -173,16 +176,27 @@ def read_questions(benchmark: Benchmark, data_root: str | Path) -> list[Question
     Raises:
         UserError: if the source or the data is missing, or a row is unusable.
     """
-    items = _reader(benchmark)(Path(data_root) / benchmark.folder, **benchmark.options)
+    return _read(benchmark, benchmark.options, data_root)
+
+
+def read_training_questions(benchmark: Benchmark, data_root: str | Path) -> list[Question]:
+    """Read the questions that models may learn from, none where the benchmark names none.
+
+    Raises:
+        UserError: as :func:`read_questions` does.
+    """
+    return _read(benchmark, {**benchmark.options, **benchmark.training}, data_root) if benchmark.training else []
+
+
+def _read(benchmark: Benchmark, options: Mapping[str, Any], data_root: str | Path) -> list[Question]:
+    items = _reader(benchmark)(Path(data_root) / benchmark.folder, **options)
     questions = []
     for item in map(finish, items):
         if isinstance(item, Rejected):
             raise UserError(f"{benchmark.name}: row {item.row} of {item.file} cannot be used: {item.reason}")
         questions.append(_question(item.record))
     if not questions:
-        raise UserError(
-            f"{benchmark.name}: no questions in {Path(data_root) / benchmark.folder} for {benchmark.options}"
-        )
+        raise UserError(f"{benchmark.name}: no questions in {Path(data_root) / benchmark.folder} for {options}")
     return questions
 
 

@@ -117,16 +117,30 @@ def majority_predictions(questions: Sequence[Question]) -> Predictions:
     Counted on the benchmark itself, so it is an upper bound for blind answers; a wording asked once is answered
     with the commonest answer of its kind (open, closed).
     """
+    return _commonest(questions, questions, least=2)
+
+
+def prior_predictions(questions: Sequence[Question], training: Sequence[Question]) -> Predictions:
+    """Answer every question with the commonest answer to its wording among training questions.
+
+    A wording that training does not know is answered with the commonest training answer of its kind.
+    """
+    return _commonest(questions, training, least=1)
+
+
+def _commonest(questions: Sequence[Question], known: Sequence[Question], least: int) -> Predictions:
+    """Answer from the counts of ``known``; a wording counts when it stands there ``least`` times."""
     worded: dict[str, Counter[str]] = defaultdict(Counter)
     kinds: dict[str, Counter[str]] = defaultdict(Counter)
-    for question in questions:
+    for question in known:
         worded[question.text.lower()][question.answer] += 1
         kinds[question.kind][question.answer] += 1
+    everything = sum(kinds.values(), Counter())
     lines = []
     for question in questions:
-        answers = worded[question.text.lower()]
-        if sum(answers.values()) == 1:
-            answers = kinds[question.kind]
+        answers = worded.get(question.text.lower(), Counter())
+        if sum(answers.values()) < least:
+            answers = kinds.get(question.kind) or everything
         lines.append((question.id, answers.most_common(1)[0][0]))
     return Predictions(tuple(lines))
 

@@ -20,11 +20,27 @@ from vila_m3_common.errors import UserError
 from vila_m3_common.volumes import load_picture
 
 from .definition import Benchmark
-from .tables import BLANK_ENDING, CORRECTED, MAJORITY_ENDING, ROWS, columns_of, heading, percent, table_rows
+from .tables import (
+    BLANK_ENDING,
+    CORRECTED,
+    MAJORITY_ENDING,
+    PRIOR_ENDING,
+    ROWS,
+    columns_of,
+    heading,
+    percent,
+    table_rows,
+)
 
 GALLERY_SIZE = 12
 THUMBNAIL_PIXELS = 176
-_COLORS = {"": "#2f6f9f", BLANK_ENDING: "#c9a227", MAJORITY_ENDING: "#8a8a8a", "published": "#b9cfdd"}
+_COLORS = {
+    "": "#2f6f9f",
+    BLANK_ENDING: "#c9a227",
+    PRIOR_ENDING: "#5f5f5f",
+    MAJORITY_ENDING: "#8a8a8a",
+    "published": "#b9cfdd",
+}
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222}
 h2{margin-top:2.2em;border-bottom:1px solid #ccc}table{border-collapse:collapse;margin:1em 0}

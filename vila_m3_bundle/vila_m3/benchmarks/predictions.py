@@ -162,5 +162,11 @@ def merge_shards(folder: Path, name: str, known: Sequence[str]) -> Path:
     return merged
 
 
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write answers that no model was asked for."""
+    rows = ({"question_id": name, "text": text} for name, text in predictions.lines)
+    write_atomically(path, "".join(map(_line, rows)))
+
+
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps({**row, CHECKSUM: checksum(row)}, ensure_ascii=False) + "\n"

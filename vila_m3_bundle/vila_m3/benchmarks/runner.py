@@ -26,11 +26,18 @@ from vila_m3_common.volumes import load_picture
 from ..answer import Answerer
 from ..data.record import Record, to_conversation
 from .asking import ask_record, prompt_text
-from .definition import Benchmark, Question, image_root, load_benchmark, read_questions
+from .definition import (
+    Benchmark,
+    Question,
+    image_root,
+    load_benchmark,
+    read_questions,
+    read_training_questions,
+)
 from .endpoint import Endpoint, EndpointError
-from .grading import grade, grade_to_file, majority_predictions, write_outputs
-from .predictions import PredictionFile, merge_shards, read_predictions, read_shards, shard_path
-from .tables import BLANK_ENDING, MAJORITY_ENDING
+from .grading import grade, grade_to_file, majority_predictions, prior_predictions, write_outputs
+from .predictions import PredictionFile, merge_shards, read_predictions, read_shards, shard_path, write_predictions
+from .tables import BLANK_ENDING, MAJORITY_ENDING, PRIOR_ENDING
 
 Row = dict[str, Any]
 Ask = Callable[[Sequence[Conversation]], list[Row]]
@@ -271,6 +278,16 @@ def _grade_all(
             name = run_name(definition, is_blank)
             read = read_predictions(merge_shards(folder, name, known), known)
             results[name] = grade_to_file(folder / f"{name}.items.jsonl", definition, questions, read, data_root)
+        try:
+            training = read_training_questions(definition, data_root)
+        except UserError as error:
+            results[definition.name]["notes"].append(f"no majority answer in training: {error}")
+            training = []
+        if training:
+            prior = prior_predictions(questions, training)
+            name = f"{definition.name}{PRIOR_ENDING}"
+            write_predictions(folder / f"{name}.jsonl", prior)
+            results[name] = grade(definition, questions, prior)
         results[f"{definition.name}{MAJORITY_ENDING}"] = grade(definition, questions, majority_predictions(questions))
     write_outputs(folder.parent, definitions, results)
 

@@ -8,10 +8,11 @@ from typing import Any
 from .definition import Benchmark
 
 # What the names of a benchmark's baselines end with.
-BLANK_ENDING, MAJORITY_ENDING = "_blank", "_majority"
+BLANK_ENDING, PRIOR_ENDING, MAJORITY_ENDING = "_blank", "_prior", "_majority"
 ROWS = {
     "": "this model",
     BLANK_ENDING: "this model, blank image",
+    PRIOR_ENDING: "majority answer per question in training",
     MAJORITY_ENDING: "majority answer per question (upper bound)",
 }
 CORRECTED = "corrected_"
