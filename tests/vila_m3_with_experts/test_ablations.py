@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from vila_m3_composite.ablations import Command, Variant, draw_bars, plan_run, run_ablations, run_folder, summarise
+from vila_m3_composite.ablations import (
+    Command,
+    Variant,
+    draw_bars,
+    plan_run,
+    plan_start,
+    run_ablations,
+    run_folder,
+    summarise,
+)
 
 COMMANDS = {
     "model": Command(["model.json"], {"size": 1}, 0.1),
@@ -22,13 +31,15 @@ VARIANTS = [
 
 def overrides_of(variant: Variant, seed: int) -> list[dict[str, Any]]:
     """What the model, the training and the measurement of a run are told."""
-    return [step["overrides"] for step in plan_run(variant, seed, COMMANDS, Path("work"))]
+    steps = plan_start(variant, seed, COMMANDS, Path("work")) + plan_run(variant, seed, COMMANDS, Path("work"))
+    return [step["overrides"] for step in steps]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_measures_the_model_that_it_trains_from_its_own_start(variant: Variant) -> None:
+def test_a_run_measures_the_model_that_it_trains(variant: Variant) -> None:
     model, training, evaluation = overrides_of(variant, 1)
-    assert training["start_checkpoint"] == model["output_dir"] == f"work/runs/{variant.name}_1/start"
+    start = "large" if variant.model else "base"
+    assert training["start_checkpoint"] == model["output_dir"] == f"work/starts/{start}_1/new"
     assert evaluation["checkpoint"] == training["checkpoint_out"]
     assert evaluation["benchmarks"] == variant.benchmarks
     assert evaluation["blank_baseline"] is False
@@ -37,16 +48,18 @@ def test_a_run_measures_the_model_that_it_trains_from_its_own_start(variant: Var
 
 def test_a_run_may_learn_to_read_first() -> None:
     commands = {**COMMANDS, "reading": Command(["train.json"], {"epochs": 1, "rate": 0.2}, 3)}
-    model, reading, training, evaluation = (
-        step["overrides"] for step in plan_run(VARIANTS[1], 2, commands, Path("work"))
-    )
+    model, reading = (step["overrides"] for step in plan_start(VARIANTS[1], 2, commands, Path("work")))
+    training, evaluation = (step["overrides"] for step in plan_run(VARIANTS[1], 2, commands, Path("work")))
     assert [reading["epochs"], training["epochs"], reading["seed"]] == [1, 3, 2]
     assert reading["start_checkpoint"] == model["output_dir"]
     assert training["start_checkpoint"] == reading["checkpoint_out"]
     assert evaluation["checkpoint"] == training["checkpoint_out"]
     assert reading["ckpt_dir"] != training["ckpt_dir"]
     alone = Variant("alone", ["slake"], reads=False)
-    assert [step["name"] for step in plan_run(alone, 0, commands, Path("work"))] == ["model", "training", "evaluation"]
+    (model,) = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
+    training = plan_run(alone, 2, commands, Path("work"))[0]
+    assert training["overrides"]["start_checkpoint"] == model["output_dir"] != reading["start_checkpoint"]
+    assert training["inputs"] == [model["output_dir"]]
 
 
 def test_a_variant_changes_what_it_names_alone() -> None:
@@ -56,10 +69,34 @@ def test_a_variant_changes_what_it_names_alone() -> None:
     assert base[1]["rate"] == long[1]["rate"] == 0.1
 
 
-def test_runs_go_on_two_at_a_time_and_a_failed_one_is_named(tmp_path: Path) -> None:
+def test_runs_go_on_two_at_a_time_behind_their_starts(tmp_path: Path) -> None:
+    scores = json.dumps({"slake": {"metrics": ["f1"], "corrected_f1": {"value": 0.5}}})
+    written = {
+        "model": ("@output_dir", "weights", "str(@seed)"),
+        "training": ("@checkpoint_out", "weights", "(pathlib.Path(@start_checkpoint) / 'weights').read_text() + '!'"),
+        "evaluation": ("@output_dir", "results.json", "@scores"),
+    }
+    commands = {}
+    for name, (folder, file, text) in written.items():
+        write = f"$(pathlib.Path({folder}).mkdir(parents=True), (pathlib.Path({folder}) / '{file}').write_text({text}))"
+        told = dict.fromkeys(("output_dir", "checkpoint_out", "start_checkpoint", "ckpt_dir", "checkpoint"), "")
+        config = {"imports": ["$import pathlib"], **told, "seed": 0, "benchmarks": [], "scores": scores}
+        run = [write, *(["$pathlib.Path(@ckpt_dir).mkdir()"] if name == "training" else [])]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**config, "run": run}))
+        commands[name] = {"config_file": [str(tmp_path / f"{name}.json")], "overrides": {}, "minutes": 1}
+    study = {name: {"benchmarks": ["slake"]} for name in ("base", "other")}
+    work = tmp_path / "work"
+    run_ablations(study, [0, 1], commands, str(work), jobs=2)
+    assert sorted(path.name for path in (work / "starts").iterdir()) == ["base_0", "base_1"]
+    assert (work / "runs/other_1/training/weights").read_text() == "1!"
+    assert [row["runs"] for row in json.loads((work / "ablations.json").read_text())] == [2, 2]
+
+
+def test_a_failed_run_is_named_and_none_is_begun_behind_it(tmp_path: Path) -> None:
     written = tmp_path / "write.json"
-    write = "$__import__('pathlib').Path(@output_dir).mkdir(parents=True)"
-    written.write_text(json.dumps({"output_dir": "", "size": 0, "seed": 0, "run": [write]}))
+    write = "$pathlib.Path(@output_dir).mkdir(parents=True)"
+    imports = ["$import pathlib"]
+    written.write_text(json.dumps({"imports": imports, "output_dir": "", "size": 0, "seed": 0, "run": [write]}))
     absent = tmp_path / "absent.json"
     commands = {
         name: {"config_file": [str(absent if name == "training" else written)], "overrides": {}, "minutes": 1}

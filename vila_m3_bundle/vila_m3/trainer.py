@@ -125,17 +125,45 @@ def prepare_model(
     parts: Sequence[str],
     adapter: Mapping[str, Any] | None = None,
     recomputes: bool = False,
+    dropout: float = 0.0,
 ) -> VilaM3ForConditionalGeneration:
-    """Choose what learns.
+    """Choose what learns, and how.
 
     Args:
         model: changed in place, and returned.
         parts: see :func:`train_parts`.
         adapter: arguments of :func:`train_adapter`, which then learns in place of the parts.
         recomputes: whether activations are computed again in the backward pass.
+        dropout: see :func:`drop_residuals`.
     """
+    drop_residuals(model, dropout)
     prepared = train_parts(model, parts) if adapter is None else train_adapter(model, **adapter)
     return checkpoint_gradients(prepared) if recomputes else prepared
+
+
+def drop_residuals(model: VilaM3ForConditionalGeneration, share: float) -> None:
+    """Drop a share of what each layer of the LLM adds to the residual stream, in training alone.
+
+    Few questions shown often are learnt by heart otherwise.
+
+    Args:
+        model: gets hooks, which are not part of its weights.
+        share: that is dropped.
+
+    Raises:
+        UserError: for a share that is not in 0 to below 1.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"dropout {share} is no share; give 0 for none, or such as 0.1")
+
+    def drop(module: nn.Module, _: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return nn.functional.dropout(output[0], share, module.training), *output[1:]
+        return nn.functional.dropout(output, share, module.training)
+
+    for layer in model.llm.model.layers if share else ():
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
 
 
 def checkpoint_gradients(model: VilaM3ForConditionalGeneration) -> VilaM3ForConditionalGeneration:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -40,6 +40,11 @@ class Variant:
     training: Mapping[str, Any] = field(default_factory=dict)
     reads: bool = True
 
+    @property
+    def start(self) -> str:
+        """Name of what its trainings start from; variants of one name share it, seed by seed."""
+        return f"{self.name if self.model else 'base'}{'' if self.reads else '_unread'}"
+
 
 @dataclass(frozen=True)
 class Command:
@@ -62,31 +67,96 @@ class Command:
         }
 
 
+def plan_start(variant: Variant, seed: int, commands: Mapping[str, Command], work: Path) -> list[dict[str, Any]]:
+    """Return the steps to what trainings start from: a new model, which then learns to read where the study has that.
+
+    Args:
+        variant: one of those that start from it.
+        seed: of the new weights and of the training.
+        commands: ``model`` and ``reading`` (may be missing).
+        work: folder of all runs.
+    """
+    folder = start_folder(work, variant.start, seed)
+    new = str(folder / "new")
+    steps = [commands["model"].step("model", [new], {**variant.model, "output_dir": new, "seed": seed})]
+    if _reads(variant, commands):
+        steps.append(_training_step("reading", commands, folder, new, seed, {}))
+    return steps
+
+
 def plan_run(variant: Variant, seed: int, commands: Mapping[str, Command], work: Path) -> list[dict[str, Any]]:
-    """Return the steps of one run: a new model, its trainings and its measurement.
+    """Return the steps of one run: its training and its measurement.
 
     Args:
         variant: what differs from the base.
-        seed: of the new weights and of the training.
-        commands: ``model``, ``reading`` (may be missing), ``training`` and ``evaluation``.
+        seed: of the training, and of its start.
+        commands: ``reading`` (may be missing), ``training`` and ``evaluation``.
         work: folder of all runs.
     """
     folder = run_folder(work, variant.name, seed)
-    start, results = str(folder / "start"), str(folder / "results")
-    steps = [commands["model"].step("model", [start], {**variant.model, "output_dir": start, "seed": seed})]
-    changed: dict[str, Mapping[str, Any]] = {"reading": {}, "training": variant.training}
-    for name in ("reading", "training") if "reading" in commands and variant.reads else ("training",):
-        out, state = str(folder / name), str(folder / f"{name}_state")
-        trained = {"start_checkpoint": start, "checkpoint_out": out, "ckpt_dir": state, "seed": seed}
-        steps.append(commands[name].step(name, [out, state], {**changed[name], **trained}))
-        start = out
-    measured = {"checkpoint": start, "benchmarks": list(variant.benchmarks), "output_dir": results}
-    return [*steps, commands["evaluation"].step("evaluation", [results], measured)]
+    start = str(start_folder(work, variant.start, seed) / ("reading" if _reads(variant, commands) else "new"))
+    training = _training_step("training", commands, folder, start, seed, variant.training)
+    trained, results = training["overrides"]["checkpoint_out"], str(folder / "results")
+    measured = {"checkpoint": trained, "benchmarks": list(variant.benchmarks), "output_dir": results}
+    return [training, commands["evaluation"].step("evaluation", [results], measured)]
+
+
+def _reads(variant: Variant, commands: Mapping[str, Command]) -> bool:
+    return variant.reads and "reading" in commands
+
+
+def _training_step(
+    name: str, commands: Mapping[str, Command], folder: Path, start: str, seed: int, changed: Mapping[str, Any]
+) -> dict[str, Any]:
+    out, state = str(folder / name), str(folder / f"{name}_state")
+    told = {**changed, "start_checkpoint": start, "checkpoint_out": out, "ckpt_dir": state, "seed": seed}
+    return {**commands[name].step(name, [out, state], told), "inputs": [start]}
 
 
 def run_folder(work: Path, variant: str, seed: int) -> Path:
     """Return the folder of one training."""
     return work / "runs" / f"{variant}_{seed}"
+
+
+def start_folder(work: Path, name: str, seed: int) -> Path:
+    """Return the folder of what trainings start from."""
+    return work / "starts" / f"{name}_{seed}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A chain of one folder, and the folder of the chain that must be done before it."""
+
+    steps: Sequence[Mapping[str, Any]]
+    folder: Path
+    after: Path | None = None
+
+
+def _plan(
+    variants: Sequence[Variant], seeds: Sequence[int], commands: Mapping[str, Command], work: Path
+) -> Iterator[_Job]:
+    """Yield all chains seed by seed, so that a study that is cut off has compared all variants at least once."""
+    for seed in seeds:
+        starts = {variant.start: variant for variant in variants}
+        for name, variant in starts.items():
+            yield _Job(plan_start(variant, seed, commands, work), start_folder(work, name, seed))
+        for variant in variants:
+            folder, after = run_folder(work, variant.name, seed), start_folder(work, variant.start, seed)
+            yield _Job(plan_run(variant, seed, commands, work), folder, after)
+
+
+def _run_jobs(jobs: Sequence[_Job], pool: ProcessPoolExecutor, at_a_time: int) -> None:
+    """Run chains in their order, but for those whose start is not done yet."""
+    waiting, going, done = list(jobs), dict[Future[None], Path](), set[Path | None]([None])
+    with tqdm(total=len(jobs), desc="runs") as progress:
+        while waiting or going:
+            for job in [job for job in waiting if job.after in done][: at_a_time - len(going)]:
+                waiting.remove(job)
+                going[pool.submit(_run_logged, job.steps, str(job.folder))] = job.folder
+            for ended in wait(going, return_when=FIRST_COMPLETED).done:
+                ended.result()
+                done.add(going.pop(ended))
+                progress.update()
 
 
 @exits_with_message
@@ -117,17 +187,10 @@ def run_ablations(
     known = [Variant(name=name, **given) for name, given in variants.items()]
     told = {name: Command(**given) for name, given in commands.items()}
     folder = Path(work)
-    # Seed by seed, so that a study that is cut off has compared all variants at least once.
-    planned = [(seed, variant) for seed in seeds for variant in known]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        going = [
-            pool.submit(_run_logged, plan_run(variant, seed, told, folder), str(run_folder(folder, variant.name, seed)))
-            for seed, variant in planned
-        ]
         try:
-            for done in tqdm(as_completed(going), "runs", len(going)):
-                done.result()
+            _run_jobs(list(_plan(known, seeds, told, folder)), pool, jobs)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # else the error would be told only when all others have run
             raise

@@ -80,6 +80,15 @@ def test_a_count_is_that_of_the_measurements_or_else_of_the_slice(studies: list[
     assert {(True, 1), (True, 2), (False, 0), (False, 1)} <= told
 
 
+def test_all_counts_can_be_told_by_measurements(studies: list[CountedSlice]) -> None:
+    for seed in range(40):
+        found = studies[seed % len(studies)]
+        turns = count_tumors(found, "", random.Random(seed), False, measured_share=1.0).conversation.turns
+        tumor = re.search(r"<VISTA3D\((.*)\)>", turns[1].text)[1]  # type: ignore[index]
+        row = next((row for row in found.measured if row["name"] == tumor), None)
+        assert row is None or f"{tumor}, {row['volume_ml']} mL" in turns[2].text
+
+
 def test_measurements_are_those_of_the_phantom(studies: list[CountedSlice]) -> None:
     measured = {row["name"]: row["component_count"] for row in studies[0].measured}
     drawn = ct_phantom(7).tumor_counts

@@ -74,6 +74,17 @@ def test_vqa_rad_equals_the_recorded_conversion(
     assert list(ORGAN_QUESTIONS) == facts["radvqa"]["organ_questions"]
 
 
+def test_answers_can_begin_with_one_kind_of_letter(shared: Path) -> None:
+    folder = shared / "data/vqa/vqa_rad"
+    plain, capital = (
+        [item.record.messages[-1].text for item in read_vqa_rad(folder, "train", capitalizes=capitalizes)]  # type: ignore[union-attr]
+        for capitalizes in (False, True)
+    )
+    assert {"yes", "Yes", "no", "No"} <= set(plain)
+    assert {text for text in capital if text.lower() in ("yes", "no")} == {"Yes", "No"}
+    assert [text.lower() for text in plain] == [text.lower() for text in capital]
+
+
 def test_all_vqa_rad_rows_are_given_once(shared: Path) -> None:
     folder = shared / "data/vqa/vqa_rad"
     counts = {

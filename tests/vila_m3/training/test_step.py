@@ -19,6 +19,7 @@ from vila_m3.trainer import (
     WeightAverage,
     arithmetic,
     checkpoint_gradients,
+    drop_residuals,
     supervised_count,
     train_adapter,
     train_parts,
@@ -358,3 +359,24 @@ def test_an_average_forgets_the_weights_it_began_with() -> None:
         torch.nn.init.constant_(network.weight, 1.0)
         each.update()
     assert torch.equal(average.averages["weight"], other.averages["weight"])
+
+
+def test_dropout_varies_training_alone(model: VilaM3ForConditionalGeneration, dataset: MixtureDataset) -> None:
+    micro = pad_items([dataset[0], dataset[1]])
+    names = set(model.state_dict())
+    before = float(SupervisedLoss(model.eval())(**micro))
+    drop_residuals(model, 0.3)
+    loss = SupervisedLoss(model)
+    assert set(model.state_dict()) == names
+    assert float(loss.eval()(**micro)) == before
+    torch.manual_seed(0)
+    first, second = (float(loss.train()(**micro)) for _ in range(2))
+    torch.manual_seed(0)
+    assert first != second
+    assert float(loss(**micro)) == first
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_dropout_that_is_no_share_is_refused(model: VilaM3ForConditionalGeneration, share: float) -> None:
+    with pytest.raises(UserError, match="is no share"):
+        drop_residuals(model, share)

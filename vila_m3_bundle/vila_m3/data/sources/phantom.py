@@ -59,6 +59,7 @@ def read_phantoms(
     volume_count: int,
     seed: int = 0,
     shares: Mapping[str, float] | None = None,
+    measured_share: float = 0.5,
 ) -> Iterator[Item]:
     """Yield conversations, and write their pictures below ``images``, each once.
 
@@ -72,6 +73,7 @@ def read_phantoms(
         volume_count: phantoms of each modality, and as many CTs to count in.
         seed: of the conversations.
         shares: of the kinds of images in conversations of the first kind, see :class:`.ConversationMaker`.
+        measured_share: of the conversations about number and size in which the expert's turn tells measurements.
 
     Raises:
         UserError: for an unknown split, no phantom, negative counts, or shares of an unknown kind.
@@ -85,7 +87,8 @@ def read_phantoms(
         )
     folder = Path(images)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    for number, sample in enumerate(_samples(split, cards, counts, volume_count, seed, shares), start=1):
+    samples = _samples(split, cards, counts, volume_count, seed, shares, measured_share)
+    for number, sample in enumerate(samples, start=1):
         yield Located(number, _to_record(sample, number, folder, split))
 
 
@@ -96,6 +99,7 @@ def _samples(
     volume_count: int,
     seed: int,
     shares: Mapping[str, float] | None,
+    measured_share: float,
 ) -> Iterator[Sample]:
     first, held_out = FIRST_SEEDS[split], split != "train"
     rng = random.Random(f"{split}/{seed}")
@@ -108,7 +112,8 @@ def _samples(
     if counted_count:
         seeds = range(first + COUNTED_OFFSET, first + COUNTED_OFFSET + volume_count)
         counted = [found for number in seeds for found in counted_slices(number)]
-        yield from (count_tumors(rng.choice(counted), cards, rng, held_out) for _ in range(counted_count))
+        for _ in range(counted_count):
+            yield count_tumors(rng.choice(counted), cards, rng, held_out, measured_share)
 
 
 def ask_foreign(pool: PhantomPool, cards: str, rng: random.Random, held_out: bool) -> Sample:
@@ -176,7 +181,9 @@ def counted_slices(seed: int) -> list[CountedSlice]:
     ]
 
 
-def count_tumors(found: CountedSlice, cards: str, rng: random.Random, held_out: bool) -> Sample:
+def count_tumors(
+    found: CountedSlice, cards: str, rng: random.Random, held_out: bool, measured_share: float = 0.5
+) -> Sample:
     """Ask for a kind of tumour, then how many there are and, where the expert's turn tells measurements, how large.
 
     Without measurements the number is that of the slice, as the overlay shows it; with them it is that of the study,
@@ -187,11 +194,12 @@ def count_tumors(found: CountedSlice, cards: str, rng: random.Random, held_out: 
         cards: text of the model cards.
         rng: chooses the tumour, the wordings, and whether the number is asked for at once.
         held_out: whether to use only wordings that training never sees.
+        measured_share: how often the expert's turn tells measurements.
     """
     shown = [name for name in phantoms.CT_TUMORS if found.count(name)]
     tumor = rng.choice(shown) if shown and rng.random() < 0.85 else rng.choice(list(phantoms.CT_TUMORS))
     row = next((row for row in found.measured if row["name"] == tumor), None)
-    tells = rng.random() < 0.5
+    tells = rng.random() < measured_share
     asks_at_once = rng.random() < 0.5
     in_study = row["component_count"] if row else 0
     number = in_study if tells else found.count(tumor)

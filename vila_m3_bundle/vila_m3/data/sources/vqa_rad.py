@@ -35,6 +35,7 @@ def read_vqa_rad(
     image_first: bool = False,
     suffix: str = "",
     suffix_share: float = 1.0,
+    capitalizes: bool = False,
 ) -> Iterator[Item]:
     """Yield the questions of a split in the order of the release.
 
@@ -48,6 +49,7 @@ def read_vqa_rad(
         image_first: whether the image stands before the question; behind it, as in the original.
         suffix: sentence behind questions, as benchmarks append one.
         suffix_share: share of the rows that have it, drawn.
+        capitalizes: whether answers begin with a capital, as SLAKE's do; the release has "yes", "Yes" and "YES".
 
     Raises:
         UserError: for an unknown split or choice of questions, or a folder without the file.
@@ -64,11 +66,16 @@ def read_vqa_rad(
             organ = generator.choice(ORGAN_QUESTIONS) if split == "train" and organ_questions else ""
             for kind, question, answer in _list_questions(row, questions, organ):
                 position += 1
+                answer = _capitalize(answer) if capitalizes else answer
                 messages = ask(question, answer, image_first, suffix if coin.random() < suffix_share else "")
                 record = _convert(row, str(position), split, kind, question, messages)
                 yield Located(row_number, record, file.name)
         except RowProblem as problem:
             yield Rejected(row_number, str(problem), file.name)
+
+
+def _capitalize(answer: str) -> str:
+    return answer.capitalize() if answer.strip().lower() in ("yes", "no") else answer[:1].upper() + answer[1:]
 
 
 def _is_selected(row: Any, split: str, questions: str) -> bool:
