@@ -4,12 +4,13 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vila_m3.data.checks import RowChecks
 from vila_m3.data.prepare import prepare
 from vila_m3.data.record import Record, format_row, parse_row
-from vila_m3.data.sources.phantom import CountedSlice, count_tumors, counted_slices, read_phantoms
+from vila_m3.data.sources.phantom import CountedSlice, count_tumors, counted_slices, invent_tumors, read_phantoms
 from vila_m3.data.validation import Validator
 from vila_m3.phantom_conversations import FOREIGN_REPLY
 from vila_m3.questions import is_held_out
@@ -87,6 +88,35 @@ def test_all_counts_can_be_told_by_measurements(studies: list[CountedSlice]) -> 
         tumor = re.search(r"<VISTA3D\((.*)\)>", turns[1].text)[1]  # type: ignore[index]
         row = next((row for row in found.measured if row["name"] == tumor), None)
         assert row is None or f"{tumor}, {row['volume_ml']} mL" in turns[2].text
+
+
+def test_invented_tumours_are_told_as_they_are_shown(studies: list[CountedSlice]) -> None:
+    numbers = set()
+    for seed in range(30):
+        rng = random.Random(seed)
+        found = invent_tumors(studies[seed % len(studies)], rng)
+        told = {row["name"]: row for row in found.measured if row["name"] in CT_TUMORS}
+        assert {name for name in CT_TUMORS if found.count(name)} <= set(told)
+        for name, row in told.items():
+            assert row["component_count"] >= found.count(name)
+            assert row["label"] == CT_TUMORS[name]
+        numbers.update(found.count(name) for name in told)
+        turns = count_tumors(found, "", rng, False, 1.0).conversation.turns
+        tumor = re.search(r"<VISTA3D\((.*)\)>", turns[1].text)[1]  # type: ignore[index]
+        if tumor in told:
+            assert f"{tumor}, {told[tumor]['volume_ml']:g} mL" in turns[2].text
+    assert {1, 2, 3, 4} <= numbers
+    np.testing.assert_array_equal(found.grey, studies[29 % len(studies)].grey)
+
+
+def test_only_training_sees_invented_tumours(tmp_path: Path, cards: str) -> None:
+    def texts(split: str, share: float) -> list[str]:
+        folder = tmp_path / f"{split}{share}"
+        items = read_phantoms(split, folder, cards, 0, 8, 0, 1, measured_share=1.0, invented_share=share)
+        return [message.text for item in items for message in item.record.messages]  # type: ignore[union-attr]
+
+    assert texts("validate", 0.0) == texts("validate", 1.0)
+    assert texts("train", 0.0) != texts("train", 1.0)
 
 
 def test_measurements_are_those_of_the_phantom(studies: list[CountedSlice]) -> None:

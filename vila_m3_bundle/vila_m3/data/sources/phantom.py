@@ -7,9 +7,10 @@ what does not fit the image, so that no expert may be called.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def read_phantoms(
     seed: int = 0,
     shares: Mapping[str, float] | None = None,
     measured_share: float = 0.5,
+    invented_share: float = 0.0,
 ) -> Iterator[Item]:
     """Yield conversations, and write their pictures below ``images``, each once.
 
@@ -74,6 +76,7 @@ def read_phantoms(
         seed: of the conversations.
         shares: of the kinds of images in conversations of the first kind, see :class:`.ConversationMaker`.
         measured_share: of the conversations about number and size in which the expert's turn tells measurements.
+        invented_share: of them whose tumours are scattered anew, see :func:`invent_tumors`; of train alone.
 
     Raises:
         UserError: for an unknown split, no phantom, negative counts, or shares of an unknown kind.
@@ -87,7 +90,7 @@ def read_phantoms(
         )
     folder = Path(images)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    samples = _samples(split, cards, counts, volume_count, seed, shares, measured_share)
+    samples = _samples(split, cards, counts, volume_count, seed, shares, (measured_share, invented_share))
     for number, sample in enumerate(samples, start=1):
         yield Located(number, _to_record(sample, number, folder, split))
 
@@ -99,7 +102,7 @@ def _samples(
     volume_count: int,
     seed: int,
     shares: Mapping[str, float] | None,
-    measured_share: float,
+    told_shares: tuple[float, float],
 ) -> Iterator[Sample]:
     first, held_out = FIRST_SEEDS[split], split != "train"
     rng = random.Random(f"{split}/{seed}")
@@ -112,8 +115,12 @@ def _samples(
     if counted_count:
         seeds = range(first + COUNTED_OFFSET, first + COUNTED_OFFSET + volume_count)
         counted = [found for number in seeds for found in counted_slices(number)]
+        measured_share, invented_share = told_shares
         for _ in range(counted_count):
-            yield count_tumors(rng.choice(counted), cards, rng, held_out, measured_share)
+            found = rng.choice(counted)
+            if invented_share and not held_out and rng.random() < invented_share:
+                found = invent_tumors(found, rng)
+            yield count_tumors(found, cards, rng, held_out, measured_share)
 
 
 def ask_foreign(pool: PhantomPool, cards: str, rng: random.Random, held_out: bool) -> Sample:
@@ -179,6 +186,54 @@ def counted_slices(seed: int) -> list[CountedSlice]:
         CountedSlice(window_ct(take_slice(phantom.image, index)), take_slice(phantom.labels, index).copy(), measured)
         for index in slice_indices(phantom.labels, tuple(TUMORS.values()), SLICES, seed)
     ]
+
+
+def invent_tumors(found: CountedSlice, rng: random.Random) -> CountedSlice:
+    """Scatter tumours over the labels of a slice in place of its own, and invent what the study measures.
+
+    A few phantoms have few tumours, which are sooner remembered than counted; the picture itself stays as it is.
+
+    Args:
+        found: the slice.
+        rng: draws kinds, numbers, places and measurements.
+    """
+    labels = np.where(np.isin(found.labels, list(TUMORS.values())), 0, found.labels)
+    measured = [_scale(row, rng.uniform(0.5, 1.6)) for row in found.measured if row["name"] not in TUMORS]
+    taken = np.zeros(labels.shape, bool)
+    for name in rng.sample(list(phantoms.CT_TUMORS), rng.randrange(1, 4)):
+        number = sum(_add_disc(labels, taken, TUMORS[name], rng) for _ in range(rng.randrange(1, 6)))
+        longest = round(rng.uniform(5, 90), 1)
+        row = {
+            "name": name,
+            "label": TUMORS[name],
+            "volume_ml": round(math.exp(rng.uniform(-1, 5)), 3),
+            "component_count": number + rng.choice((0, 0, 0, 1, 2)),
+            "longest_diameter_mm": longest,
+            "perpendicular_diameter_mm": round(longest * rng.uniform(0.6, 1), 1),
+        }
+        measured += [row] if row["component_count"] else []
+    return replace(found, labels=labels, measured=measured)
+
+
+def _scale(row: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Return a row as of a larger or smaller body."""
+    lengths = {
+        name: round(row[name] * factor ** (1 / 3), 1) for name in ("longest_diameter_mm", "perpendicular_diameter_mm")
+    }
+    return {**row, **lengths, "volume_ml": round(row["volume_ml"] * factor, 3)}
+
+
+def _add_disc(labels: np.ndarray, taken: np.ndarray, label: int, rng: random.Random) -> bool:
+    """Draw a disc where none is near, and say whether there was room."""
+    rows, columns = np.ogrid[: labels.shape[0], : labels.shape[1]]
+    radius = rng.uniform(0.02, 0.07) * labels.shape[0]
+    row, column = (rng.uniform(0.15, 0.85) * side for side in labels.shape)
+    squared = (rows - row) ** 2 + (columns - column) ** 2
+    if taken[squared <= (radius + 2) ** 2].any():
+        return False
+    labels[squared <= radius**2] = label
+    taken |= squared <= (radius + 2) ** 2
+    return True
 
 
 def count_tumors(
