@@ -52,6 +52,8 @@ _ERROR_REASONS = (
 
 # How often a conversation is about each kind of image; one about a radiograph costs least, as several share a picture.
 SHARES = {"CT": 0.3, "MRI": 0.15, "CXR": 0.45, "other": 0.1}
+# Arguments of VISTA3D whose structures are asked for one by one.
+STRUCTURE_GROUPS = ("organs", "skeleton", "muscles", "cardiovascular", "gastrointestinal")
 
 
 def error_reply(name: str) -> str:
@@ -370,8 +372,7 @@ def show_group(grey: np.ndarray, labels: np.ndarray, argument: str) -> tuple[lis
 
 def structure_question(labels: np.ndarray, rng: random.Random) -> Question:
     """Ask whether one structure is visible; half of the time it is."""
-    groups = ("organs", "skeleton", "muscles", "cardiovascular", "gastrointestinal")
-    argument = rng.choice(groups)
+    argument = rng.choice(STRUCTURE_GROUPS)
     present = sorted(set(np.unique(labels).tolist()) & set(GROUPS[argument]))
     label = rng.choice(present if present and rng.random() < 0.5 else GROUPS[argument])
     if label in TUMORS.values():
@@ -381,10 +382,17 @@ def structure_question(labels: np.ndarray, rng: random.Random) -> Question:
 
 
 def random_labels(shape: tuple[int, ...], rng: random.Random) -> np.ndarray:
-    """Scatter ellipses of random structures, so that legends of every kind are read, not only the phantoms'."""
+    """Scatter discs of random structures, so that legends of every kind are read, not only the phantoms'.
+
+    Every group has its own number of them, from none to a long list, as an expert's turn tells one group.
+    """
     labels = np.zeros(shape, np.uint8)
     rows, columns = np.ogrid[: shape[0], : shape[1]]
-    candidates = rng.sample(sorted(NAMES), rng.randrange(1, 14))
+    candidates = []
+    for group in STRUCTURE_GROUPS:
+        known = sorted(set(GROUPS[group]) - set(TUMORS.values()))
+        candidates += rng.sample(known, min(len(known), rng.choice((0, 1, 1, 2, 3, 4, 6, 8))))
+    rng.shuffle(candidates)
     candidates += [label for label in TUMORS.values() if rng.random() < 0.6]
     for label in candidates:
         row, column = rng.uniform(0.15, 0.85) * shape[0], rng.uniform(0.15, 0.85) * shape[1]
