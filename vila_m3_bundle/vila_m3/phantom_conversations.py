@@ -387,7 +387,6 @@ def random_labels(shape: tuple[int, ...], rng: random.Random) -> np.ndarray:
     Every group has its own number of them, from none to a long list, as an expert's turn tells one group.
     """
     labels = np.zeros(shape, np.uint8)
-    rows, columns = np.ogrid[: shape[0], : shape[1]]
     candidates = []
     for group in STRUCTURE_GROUPS:
         known = sorted(set(GROUPS[group]) - set(TUMORS.values()))
@@ -397,8 +396,15 @@ def random_labels(shape: tuple[int, ...], rng: random.Random) -> np.ndarray:
     for label in candidates:
         row, column = rng.uniform(0.15, 0.85) * shape[0], rng.uniform(0.15, 0.85) * shape[1]
         radius = rng.uniform(0.03, 0.12) * shape[0]
-        labels[(rows - row) ** 2 + (columns - column) ** 2 <= radius**2] = label
+        labels[disc(shape, row, column, radius)] = label
     return labels
+
+
+def disc(shape: tuple[int, ...], row: float, column: float, radius: float) -> np.ndarray:
+    """Return the pixels ``(H, W)`` of a picture that lie within a radius of a place, all in pixels."""
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    inside: np.ndarray = (rows - row) ** 2 + (columns - column) ** 2 <= radius**2
+    return inside
 
 
 def random_scores(drawn: Sequence[str], rng: random.Random) -> dict[str, float]:

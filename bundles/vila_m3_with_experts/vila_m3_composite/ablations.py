@@ -136,8 +136,8 @@ def _plan(
     variants: Sequence[Variant], seeds: Sequence[int], commands: Mapping[str, Command], work: Path
 ) -> Iterator[_Job]:
     """Yield all chains seed by seed, so that a study that is cut off has compared all variants at least once."""
+    starts = {variant.start: variant for variant in variants}
     for seed in seeds:
-        starts = {variant.start: variant for variant in variants}
         for name, variant in starts.items():
             yield _Job(plan_start(variant, seed, commands, work), start_folder(work, name, seed))
         for variant in variants:

@@ -32,6 +32,7 @@ from ...phantom_conversations import (
     PhantomPool,
     Sample,
     build_pool,
+    disc,
     group_ids,
     show_group,
     slice_indices,
@@ -225,14 +226,13 @@ def _scale(row: Mapping[str, Any], factor: float) -> dict[str, Any]:
 
 def _add_disc(labels: np.ndarray, taken: np.ndarray, label: int, rng: random.Random) -> bool:
     """Draw a disc where none is near, and say whether there was room."""
-    rows, columns = np.ogrid[: labels.shape[0], : labels.shape[1]]
     radius = rng.uniform(0.02, 0.07) * labels.shape[0]
     row, column = (rng.uniform(0.15, 0.85) * side for side in labels.shape)
-    squared = (rows - row) ** 2 + (columns - column) ** 2
-    if taken[squared <= (radius + 2) ** 2].any():
+    near = disc(labels.shape, row, column, radius + 2)
+    if taken[near].any():
         return False
-    labels[squared <= radius**2] = label
-    taken |= squared <= (radius + 2) ** 2
+    labels[disc(labels.shape, row, column, radius)] = label
+    taken |= near
     return True
 
 
