@@ -55,11 +55,12 @@ def test_a_run_may_learn_to_read_first() -> None:
     assert training["start_checkpoint"] == reading["checkpoint_out"]
     assert evaluation["checkpoint"] == training["checkpoint_out"]
     assert reading["ckpt_dir"] != training["ckpt_dir"]
-    alone = Variant("alone", ["slake"], reads=False)
-    (model,) = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
+    alone = Variant("alone", ["slake"], reading={"epochs": 4})
+    model, other = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
+    assert [other["epochs"], other["start_checkpoint"]] == [4, model["output_dir"]]
     training = plan_run(alone, 2, commands, Path("work"))[0]
-    assert training["overrides"]["start_checkpoint"] == model["output_dir"] != reading["start_checkpoint"]
-    assert training["inputs"] == [model["output_dir"]]
+    assert training["inputs"] == [training["overrides"]["start_checkpoint"]] == [other["checkpoint_out"]]
+    assert other["checkpoint_out"] != reading["checkpoint_out"]
 
 
 def test_a_variant_changes_what_it_names_alone() -> None:

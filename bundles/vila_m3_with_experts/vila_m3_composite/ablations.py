@@ -28,22 +28,22 @@ class Variant:
 
     Args:
         name: of the variant.
-        model: overrides of the new model that its trainings start from; empty takes the base's.
-        training: overrides of the training.
         benchmarks: it is measured on.
-        reads: whether it first learns to read the expert's turns, where the study has a command for that.
+        model: overrides of the new model.
+        reading: overrides of the stage in which the new model learns to read, where the study has a command for that.
+        training: overrides of the training.
     """
 
     name: str
     benchmarks: Sequence[str]
     model: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
-    reads: bool = True
 
     @property
     def start(self) -> str:
-        """Name of what its trainings start from; variants of one name share it, seed by seed."""
-        return f"{self.name if self.model else 'base'}{'' if self.reads else '_unread'}"
+        """Name of what its training starts from; variants that change the training alone share it, seed by seed."""
+        return self.name if self.model or self.reading else "base"
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def plan_start(variant: Variant, seed: int, commands: Mapping[str, Command], wor
     folder = start_folder(work, variant.start, seed)
     new = str(folder / "new")
     steps = [commands["model"].step("model", [new], {**variant.model, "output_dir": new, "seed": seed})]
-    if _reads(variant, commands):
-        steps.append(_training_step("reading", commands, folder, new, seed, {}))
+    if "reading" in commands:
+        steps.append(_training_step("reading", commands, folder, new, seed, variant.reading))
     return steps
 
 
@@ -94,15 +94,11 @@ def plan_run(variant: Variant, seed: int, commands: Mapping[str, Command], work:
         work: folder of all runs.
     """
     folder = run_folder(work, variant.name, seed)
-    start = str(start_folder(work, variant.start, seed) / ("reading" if _reads(variant, commands) else "new"))
+    start = str(start_folder(work, variant.start, seed) / ("reading" if "reading" in commands else "new"))
     training = _training_step("training", commands, folder, start, seed, variant.training)
     trained, results = training["overrides"]["checkpoint_out"], str(folder / "results")
     measured = {"checkpoint": trained, "benchmarks": list(variant.benchmarks), "output_dir": results}
     return [training, commands["evaluation"].step("evaluation", [results], measured)]
-
-
-def _reads(variant: Variant, commands: Mapping[str, Command]) -> bool:
-    return variant.reads and "reading" in commands
 
 
 def _training_step(
