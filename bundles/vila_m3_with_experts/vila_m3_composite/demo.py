@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from monai.bundle import run
 
 from vila_m3_common import phantoms
@@ -17,6 +19,13 @@ QUESTIONS = {
 }
 
 
+class Case(NamedTuple):
+    """An image of the demonstration: its path, and the slice to show, through the tumour, where it is a volume."""
+
+    path: Path
+    slice_index: int | None
+
+
 def main() -> None:
     """Draw a phantom CT, MRI and chest X-ray and ask the composite about them."""
     parser = argparse.ArgumentParser(prog="demo", description=main.__doc__)
@@ -25,11 +34,12 @@ def main() -> None:
     folder = Path(arguments.output_dir)
     config = Path(__file__).parents[1] / "configs" / "inference.json"
     start = time.perf_counter()
-    for name, image in draw_phantoms(folder / "phantoms").items():
+    for name, case in draw_phantoms(folder / "phantoms").items():
         print(f"\n=== {name} " + "=" * (74 - len(name)))
         run(
             config_file=str(config),
-            image=str(image),
+            image=str(case.path),
+            slice_index=case.slice_index,
             question=QUESTIONS[name],
             output_dir=str(folder),
             logging_file=False,
@@ -37,14 +47,24 @@ def main() -> None:
     print(f"\nThree conversations in {time.perf_counter() - start:.0f} s. Open {folder}/*/report.html in a browser.")
 
 
-def draw_phantoms(folder: Path) -> dict[str, Path]:
+def draw_phantoms(folder: Path) -> dict[str, Case]:
     """Write the demonstration's phantoms: a liver tumour, a glioma, an effusion with a mass."""
-    ct = phantoms.ct_phantom(11, ["hepatic tumor"])
+    ct = phantoms.ct_phantom(11, [tumor := "hepatic tumor"])
+    mri = phantoms.mri_phantom(12, has_tumor=True)
+    radiograph = phantoms.cxr_phantom(13, ["Effusion", "Mass"])
     return {
-        "ct": phantoms.save_volume(ct.image, ct.affine, folder / "phantom_ct.nii.gz"),
-        "mri": phantoms.save_mri(phantoms.mri_phantom(12, has_tumor=True), folder / "phantom_mri"),
-        "cxr": phantoms.save_radiograph(phantoms.cxr_phantom(13, ["Effusion", "Mass"]), folder / "phantom_cxr.png"),
+        "ct": Case(
+            phantoms.save_volume(ct.image, ct.affine, folder / "phantom_ct.nii.gz"),
+            _fullest_slice(ct.labels == phantoms.CT_TUMORS[tumor]),
+        ),
+        "mri": Case(phantoms.save_mri(mri, folder / "phantom_mri"), _fullest_slice(mri.labels > 0)),
+        "cxr": Case(phantoms.save_radiograph(radiograph, folder / "phantom_cxr.png"), None),
     }
+
+
+def _fullest_slice(mask: np.ndarray) -> int:
+    """Return the axial slice of a mask ``(X, Y, Z)`` in which it is largest."""
+    return int(mask.sum((0, 1)).argmax())
 
 
 if __name__ == "__main__":
