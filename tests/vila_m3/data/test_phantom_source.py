@@ -10,7 +10,15 @@ import pytest
 from vila_m3.data.checks import RowChecks
 from vila_m3.data.prepare import prepare
 from vila_m3.data.record import Record, format_row, parse_row
-from vila_m3.data.sources.phantom import CountedSlice, count_tumors, counted_slices, invent_tumors, read_phantoms
+from vila_m3.data.source import Located
+from vila_m3.data.sources.phantom import (
+    CountedSlice,
+    count_tumors,
+    counted_slices,
+    invent_tumors,
+    read_forms,
+    read_phantoms,
+)
 from vila_m3.data.validation import Validator
 from vila_m3.phantom_conversations import FOREIGN_REPLY
 from vila_m3.questions import is_held_out
@@ -117,6 +125,24 @@ def test_only_training_sees_invented_tumours(tmp_path: Path, cards: str) -> None
 
     assert texts("validate", 0.0) == texts("validate", 1.0)
     assert texts("train", 0.0) != texts("train", 1.0)
+
+
+def test_forms_of_benchmarks_are_answered_as_the_expert_says(cards: str, tmp_path: Path) -> None:
+    rows = list(read_forms("train", tmp_path, cards, count=40, volume_count=2))
+    records = [row.record for row in rows if isinstance(row, Located)]
+    assert len(records) == 40
+    validator = Validator(tmp_path, cards)
+    assert {validator.find_problem(format_row(record)) for record in records} == {("", "")}
+    for record in records:
+        told, answer = record.messages[-2].text, record.messages[-1].text
+        finding = re.search(r"is there ([a-z ]+) according", told)
+        assert finding
+        assert f" {finding[1]}: {answer}\n" in told
+    assert {record.metadata["question_type"] for record in records} == {"binary", "binary_conv", "text_only"}
+    assert {record.messages[-1].text for record in records} == {"yes", "no"}
+    assert all(bool(record.images) == (record.metadata["question_type"] != "text_only") for record in records)
+    with pytest.raises(UserError, match="about 0 phantoms cannot be made"):
+        next(read_forms("train", tmp_path, cards, count=1, volume_count=0))
 
 
 def test_measurements_are_those_of_the_phantom(studies: list[CountedSlice]) -> None:

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from vila_m3_common import phantoms, prompts
 from vila_m3_common.anatomy import NAMES, TUMORS
-from vila_m3_common.conversation import Conversation
+from vila_m3_common.conversation import IMAGE_TOKEN, Conversation
 from vila_m3_common.errors import UserError, check_choice
 from vila_m3_common.measure import measure_labels
 from vila_m3_common.slices import grey_to_rgb, take_slice, window_ct
@@ -34,10 +34,12 @@ from ...phantom_conversations import (
     build_pool,
     disc,
     group_ids,
+    random_scores,
     show_group,
     slice_indices,
 )
 from ...questions import foreign_questions
+from ..experts.cxr import ROLES
 from ..experts.wording import pick, tumor_wordings, wordings
 from ..record import Message, Record
 from ..source import Item, Located
@@ -82,8 +84,16 @@ def read_phantoms(
     Raises:
         UserError: for an unknown split, no phantom, negative counts, or shares of an unknown kind.
     """
-    check_choice(split, list(FIRST_SEEDS), "split")
     counts = (count, counted_count, foreign_count)
+    folder = _check_made(split, images, counts, volume_count)
+    samples = _samples(split, cards, counts, volume_count, seed, shares, (measured_share, invented_share))
+    for number, sample in enumerate(samples, start=1):
+        yield Located(number, _to_record(sample, number, folder, split))
+
+
+def _check_made(split: str, images: str | Path, counts: Sequence[int], volume_count: int) -> Path:
+    """Return the folder of the pictures, made where it is missing."""
+    check_choice(split, list(FIRST_SEEDS), "split")
     if volume_count < 1 or min(counts) < 0:
         raise UserError(
             f"{' + '.join(map(str, counts))} conversations about {volume_count} phantoms cannot be made; give at least "
@@ -91,9 +101,30 @@ def read_phantoms(
         )
     folder = Path(images)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    samples = _samples(split, cards, counts, volume_count, seed, shares, (measured_share, invented_share))
-    for number, sample in enumerate(samples, start=1):
-        yield Located(number, _to_record(sample, number, folder, split))
+    return folder
+
+
+def read_forms(
+    split: str, images: str | Path, cards: str, count: int, volume_count: int, seed: int = 0
+) -> Iterator[Item]:
+    """Yield questions for one finding in the forms of benchmarks, answered as the expert's turn says.
+
+    Args:
+        split: train, validate or test, each with phantoms of its own; the forms are the same.
+        images: folder of the pictures, which are named by their content.
+        cards: text of the model cards.
+        count: questions.
+        volume_count: radiographs to ask about.
+        seed: of the questions.
+
+    Raises:
+        UserError: for an unknown split, no phantom, or a negative count.
+    """
+    folder = _check_made(split, images, [count], volume_count)
+    rng = random.Random(f"forms/{split}/{seed}")
+    pool = build_pool(volume_count, FIRST_SEEDS[split])
+    for number in range(1, count + 1):
+        yield Located(number, _to_record(ask_finding(pool, cards, rng), number, folder, split, "phantom_forms"))
 
 
 def _samples(
@@ -145,8 +176,29 @@ def ask_foreign(pool: PhantomPool, cards: str, rng: random.Random, held_out: boo
     return Sample(conversation, modality, "foreign")
 
 
-def _to_record(sample: Sample, number: int, folder: Path, split: str) -> Record:
-    metadata = {"dataset": "phantom", "split": split, "modality": sample.modality, "question_type": sample.kind}
+def ask_finding(pool: PhantomPool, cards: str, rng: random.Random) -> Sample:
+    """Ask for one finding of a radiograph as benchmarks do; the answer is the expert's, whatever the picture shows.
+
+    Args:
+        pool: of the images.
+        cards: text of the model cards.
+        rng: chooses image, findings, question and form.
+    """
+    grey, drawn = rng.choice(pool.cxr)
+    scores = random_scores(drawn, rng)
+    is_present = rng.random() < 0.5
+    finding = rng.choice([name for name, score in scores.items() if (score > 0.5) == is_present] or list(scores))
+    form = rng.choice(("binary", *prompts.EXPERT_FORMS))
+    conversation = Conversation()
+    turns = prompts.finding_turns(form, [], finding, prompts.finding_lines(scores), cards)
+    for role, text in zip(ROLES, turns, strict=False):
+        conversation.add(role, text, [grey_to_rgb(grey)] * text.count(IMAGE_TOKEN))
+    conversation.add("assistant", "yes" if scores[finding] > 0.5 else "no")
+    return Sample(conversation, "CXR", form)
+
+
+def _to_record(sample: Sample, number: int, folder: Path, split: str, dataset: str = "phantom") -> Record:
+    metadata = {"dataset": dataset, "split": split, "modality": sample.modality, "question_type": sample.kind}
     conversation = sample.conversation
     messages = tuple(Message(turn.role, turn.text, turn.in_context) for turn in conversation.turns)
     names = tuple(_write_picture(image, folder, split) for image in conversation.images)
