@@ -110,14 +110,19 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"labels.csv": "Image Index,Finding Labels,Patient ID\na.png,Mass|Effusion,1\n", "a.png": None},
     ),
     "phantom": ("train", {}),
+    "phantom_forms": ("train", {}),
     "without_expert": ("train", {"phantom_train.jsonl": PREDICTED, "d.jpg": None}),
     "openi": ("all", {"1.xml": '<e><uId id="C1"/><AbstractText Label="FINDINGS">Clear.</AbstractText></e>'}),
 }
 # What makes one row where there would be more.
-ONE_ROW = {"nih": {"row_limit": 1}, "phantom": {"row_limit": 1, "options#volume_count": 1}}
+ONE_ROW = {
+    "nih": {"row_limit": 1},
+    **dict.fromkeys(("phantom", "phantom_forms"), {"row_limit": 1, "options#volume_count": 1}),
+}
 ANSWERS = {
     "nih": "no",
     "phantom": "This is a chest x-ray.",
+    "phantom_forms": "no",
     "without_expert": "Clear.",
     "slake": "CT",
     "slake_choice": "A. CT",
