@@ -24,8 +24,8 @@ COMMANDS = {
 }
 VARIANTS = [
     Variant("base", ["slake", "nih"]),
-    Variant("long", ["slake"], training={"epochs": 3}),
-    Variant("large", ["slake"], model={"size": 9}),
+    Variant("long", ["slake"], {"training": {"epochs": 3}}),
+    Variant("large", ["slake"], {"model": {"size": 9}}),
 ]
 
 
@@ -38,7 +38,7 @@ def overrides_of(variant: Variant, seed: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_measures_the_model_that_it_trains(variant: Variant) -> None:
     model, training, evaluation = overrides_of(variant, 1)
-    start = "large" if variant.model else "base"
+    start = "large" if "model" in variant.changes else "base"
     assert training["start_checkpoint"] == model["output_dir"] == f"work/starts/{start}_1/new"
     assert evaluation["checkpoint"] == training["checkpoint_out"]
     assert evaluation["benchmarks"] == variant.benchmarks
@@ -46,18 +46,22 @@ def test_a_run_measures_the_model_that_it_trains(variant: Variant) -> None:
     assert model["seed"] == training["seed"] == 1
 
 
-def test_a_run_may_learn_to_read_first() -> None:
-    commands = {**COMMANDS, "reading": Command(["train.json"], {"epochs": 1, "rate": 0.2}, 3)}
-    model, reading = (step["overrides"] for step in plan_start(VARIANTS[1], 2, commands, Path("work")))
+def test_a_run_goes_through_the_stages_before_its_training() -> None:
+    commands = {
+        "model": COMMANDS["model"],
+        "seeing": Command(["train.json"], {"rate": 0.3}, 1),
+        "reading": Command(["train.json"], {"epochs": 1, "rate": 0.2}, 3),
+        **COMMANDS,
+    }
+    model, seeing, reading = (step["overrides"] for step in plan_start(VARIANTS[1], 2, commands, Path("work")))
     training, evaluation = (step["overrides"] for step in plan_run(VARIANTS[1], 2, commands, Path("work")))
     assert [reading["epochs"], training["epochs"], reading["seed"]] == [1, 3, 2]
-    assert reading["start_checkpoint"] == model["output_dir"]
-    assert training["start_checkpoint"] == reading["checkpoint_out"]
-    assert evaluation["checkpoint"] == training["checkpoint_out"]
-    assert reading["ckpt_dir"] != training["ckpt_dir"]
-    alone = Variant("alone", ["slake"], reading={"epochs": 4})
-    model, other = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
-    assert [other["epochs"], other["start_checkpoint"]] == [4, model["output_dir"]]
+    chain = [model["output_dir"], *(stage["checkpoint_out"] for stage in (seeing, reading, training))]
+    assert chain == [*(stage["start_checkpoint"] for stage in (seeing, reading, training)), evaluation["checkpoint"]]
+    assert len({stage["ckpt_dir"] for stage in (seeing, reading, training)}) == 3
+    alone = Variant("alone", ["slake"], {"reading": {"epochs": 4}})
+    *_, other = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
+    assert other["epochs"] == 4
     training = plan_run(alone, 2, commands, Path("work"))[0]
     assert training["inputs"] == [training["overrides"]["start_checkpoint"]] == [other["checkpoint_out"]]
     assert other["checkpoint_out"] != reading["checkpoint_out"]
@@ -141,6 +145,13 @@ def test_the_table_holds_mean_and_span_over_the_seeds(tmp_path: Path) -> None:
 def test_a_study_without_seeds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no variants or no seeds are given"):
         run_ablations({"base": {"benchmarks": ["slake"]}}, [], {}, str(tmp_path))
+
+
+def test_a_change_of_an_unknown_command_is_refused(tmp_path: Path) -> None:
+    study = {"base": {"benchmarks": ["slake"], "changes": {"trainin": {"epochs": 1}}}}
+    commands = {"training": {"config_file": [], "overrides": {}, "minutes": 1}}
+    with pytest.raises(SystemExit, match="trainin"):
+        run_ablations(study, [0], commands, str(tmp_path))
 
 
 def test_the_shipped_study_names_a_base_and_what_the_paper_varies(repository: Path) -> None:

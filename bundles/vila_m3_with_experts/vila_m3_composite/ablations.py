@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vila_m3_common.errors import UserError, exits_with_message
+from vila_m3_common.errors import UserError, check_choice, exits_with_message
 
 from .training_chain import run_chain
 
@@ -29,21 +29,21 @@ class Variant:
     Args:
         name: of the variant.
         benchmarks: it is measured on.
-        model: overrides of the new model.
-        reading: overrides of the stage in which the new model learns to read, where the study has a command for that.
-        training: overrides of the training.
+        changes: command of the study -> overrides of it that differ from the base's.
     """
 
     name: str
     benchmarks: Sequence[str]
-    model: Mapping[str, Any] = field(default_factory=dict)
-    reading: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def start(self) -> str:
         """Name of what its training starts from; variants that change the training alone share it, seed by seed."""
-        return self.name if self.model or self.reading else "base"
+        return self.name if set(self.changes) - {"training"} else "base"
+
+    def of(self, command: str) -> Mapping[str, Any]:
+        """Return its overrides of a command."""
+        return self.changes.get(command, {})
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,21 @@ class Command:
 
 
 def plan_start(variant: Variant, seed: int, commands: Mapping[str, Command], work: Path) -> list[dict[str, Any]]:
-    """Return the steps to what trainings start from: a new model, which then learns to read where the study has that.
+    """Return the steps to what trainings start from: a new model, and the stages that it has gone through before.
 
     Args:
         variant: one of those that start from it.
-        seed: of the new weights and of the training.
-        commands: ``model`` and ``reading`` (may be missing).
+        seed: of the new weights and of the stages.
+        commands: ``model``, then the stages, each from the weights of the one before, up to ``training``.
         work: folder of all runs.
     """
     folder = start_folder(work, variant.start, seed)
-    new = str(folder / "new")
-    steps = [commands["model"].step("model", [new], {**variant.model, "output_dir": new, "seed": seed})]
-    if "reading" in commands:
-        steps.append(_training_step("reading", commands, folder, new, seed, variant.reading))
+    weights = str(folder / "new")
+    told = {**variant.of("model"), "output_dir": weights, "seed": seed}
+    steps = [commands["model"].step("model", [weights], told)]
+    for stage in _stages(commands):
+        steps.append(_training_step(stage, commands, folder, weights, seed, variant))
+        weights = str(folder / stage)
     return steps
 
 
@@ -90,22 +92,27 @@ def plan_run(variant: Variant, seed: int, commands: Mapping[str, Command], work:
     Args:
         variant: what differs from the base.
         seed: of the training, and of its start.
-        commands: ``reading`` (may be missing), ``training`` and ``evaluation``.
+        commands: those of :func:`plan_start`, then ``training`` and ``evaluation``.
         work: folder of all runs.
     """
     folder = run_folder(work, variant.name, seed)
-    start = str(start_folder(work, variant.start, seed) / ("reading" if "reading" in commands else "new"))
-    training = _training_step("training", commands, folder, start, seed, variant.training)
+    start = str(start_folder(work, variant.start, seed) / ["new", *_stages(commands)][-1])
+    training = _training_step("training", commands, folder, start, seed, variant)
     trained, results = training["overrides"]["checkpoint_out"], str(folder / "results")
     measured = {"checkpoint": trained, "benchmarks": list(variant.benchmarks), "output_dir": results}
-    return [training, commands["evaluation"].step("evaluation", [results], measured)]
+    told = {**variant.of("evaluation"), **measured}
+    return [training, commands["evaluation"].step("evaluation", [results], told)]
+
+
+def _stages(commands: Mapping[str, Command]) -> list[str]:
+    return [name for name in commands if name not in ("model", "training", "evaluation")]
 
 
 def _training_step(
-    name: str, commands: Mapping[str, Command], folder: Path, start: str, seed: int, changed: Mapping[str, Any]
+    name: str, commands: Mapping[str, Command], folder: Path, start: str, seed: int, variant: Variant
 ) -> dict[str, Any]:
     out, state = str(folder / name), str(folder / f"{name}_state")
-    told = {**changed, "start_checkpoint": start, "checkpoint_out": out, "ckpt_dir": state, "seed": seed}
+    told = {**variant.of(name), "start_checkpoint": start, "checkpoint_out": out, "ckpt_dir": state, "seed": seed}
     return {**commands[name].step(name, [out, state], told), "inputs": [start]}
 
 
@@ -168,13 +175,13 @@ def run_ablations(
     Args:
         variants: name -> arguments of :class:`Variant`, in the order of the table.
         seeds: of the new weights and the trainings.
-        commands: ``model``, ``reading`` (may be missing), ``training`` and ``evaluation``, each the arguments of
+        commands: ``model``, any stages that trainings share, ``training`` and ``evaluation``, each the arguments of
             :class:`Command`.
         work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``, and ``log.txt`` of every run.
         jobs: runs at a time, each a process with its share of the processor.
 
     Raises:
-        UserError: without variants or seeds, or for less than one job.
+        UserError: without variants or seeds, for less than one job, or for a change of an unknown command.
     """
     if not variants or not seeds:
         raise UserError("no variants or no seeds are given; name at least one of each")
@@ -182,6 +189,8 @@ def run_ablations(
         raise UserError(f"jobs {jobs} is not a whole number from 1 on; give how many runs go on at a time")
     known = [Variant(name=name, **given) for name, given in variants.items()]
     told = {name: Command(**given) for name, given in commands.items()}
+    for changed in (name for variant in known for name in variant.changes):
+        check_choice(changed, list(told), "command")
     folder = Path(work)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
