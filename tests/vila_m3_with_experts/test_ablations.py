@@ -39,7 +39,7 @@ def overrides_of(variant: Variant, seed: int) -> list[dict[str, Any]]:
 def test_a_run_measures_the_model_that_it_trains(variant: Variant) -> None:
     model, training, evaluation = overrides_of(variant, 1)
     start = "large" if "model" in variant.changes else "base"
-    assert training["start_checkpoint"] == model["output_dir"] == f"work/starts/{start}_1/new"
+    assert training["start_checkpoint"] == model["output_dir"] == f"work/starts/{start}/new"
     assert evaluation["checkpoint"] == training["checkpoint_out"]
     assert evaluation["benchmarks"] == variant.benchmarks
     assert evaluation["blank_baseline"] is False
@@ -50,14 +50,18 @@ def test_a_run_goes_through_the_stages_before_its_training() -> None:
     commands = {
         "model": COMMANDS["model"],
         "seeing": Command(["train.json"], {"rate": 0.3}, 1),
+        "combine": Command(["combine.json"], {}, 0.1),
         "reading": Command(["train.json"], {"epochs": 1, "rate": 0.2}, 3),
         **COMMANDS,
     }
-    model, seeing, reading = (step["overrides"] for step in plan_start(VARIANTS[1], 2, commands, Path("work")))
+    starts = plan_start(VARIANTS[1], 2, commands, Path("work"))
+    model, seeing, combine, reading = (step["overrides"] for step in starts)
     training, evaluation = (step["overrides"] for step in plan_run(VARIANTS[1], 2, commands, Path("work")))
     assert [reading["epochs"], training["epochs"], reading["seed"]] == [1, 3, 2]
-    chain = [model["output_dir"], *(stage["checkpoint_out"] for stage in (seeing, reading, training))]
-    assert chain == [*(stage["start_checkpoint"] for stage in (seeing, reading, training)), evaluation["checkpoint"]]
+    written = [model["output_dir"], combine["output_dir"], reading["checkpoint_out"], training["checkpoint_out"]]
+    read = [*(stage["start_checkpoint"] for stage in (seeing, reading, training)), evaluation["checkpoint"]]
+    assert read == written
+    assert [combine["llm"], combine["vision"]] == [model["output_dir"], seeing["checkpoint_out"]]
     assert len({stage["ckpt_dir"] for stage in (seeing, reading, training)}) == 3
     alone = Variant("alone", ["slake"], {"reading": {"epochs": 4}})
     *_, other = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
@@ -92,7 +96,7 @@ def test_runs_go_on_two_at_a_time_behind_their_starts(tmp_path: Path) -> None:
     study = {name: {"benchmarks": ["slake"]} for name in ("base", "other")}
     work = tmp_path / "work"
     run_ablations(study, [0, 1], commands, str(work), jobs=2)
-    assert sorted(path.name for path in (work / "starts").iterdir()) == ["base_0", "base_1"]
+    assert sorted(path.name for path in (work / "starts").iterdir()) == ["base"]
     assert (work / "runs/other_1/training/weights").read_text() == "1!"
     assert [row["runs"] for row in json.loads((work / "ablations.json").read_text())] == [2, 2]
 

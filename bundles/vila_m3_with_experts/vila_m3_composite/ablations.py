@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def start(self) -> str:
-        """Name of what its training starts from; variants that change the training alone share it, seed by seed."""
+        """Name of what its trainings start from; variants that change the training alone share it."""
         return self.name if set(self.changes) - {"training"} else "base"
 
     def of(self, command: str) -> Mapping[str, Any]:
@@ -73,15 +73,20 @@ def plan_start(variant: Variant, seed: int, commands: Mapping[str, Command], wor
     Args:
         variant: one of those that start from it.
         seed: of the new weights and of the stages.
-        commands: ``model``, then the stages, each from the weights of the one before, up to ``training``.
+        commands: ``model``, then the stages, each from the weights of the one before, up to ``training``. One that is
+            named ``combine`` goes on with the vision tower of the one before and the LLM of the new model.
         work: folder of all runs.
     """
-    folder = start_folder(work, variant.start, seed)
-    weights = str(folder / "new")
-    told = {**variant.of("model"), "output_dir": weights, "seed": seed}
-    steps = [commands["model"].step("model", [weights], told)]
+    folder = start_folder(work, variant.start)
+    new = weights = str(folder / "new")
+    told = {**variant.of("model"), "output_dir": new, "seed": seed}
+    steps = [commands["model"].step("model", [new], told)]
     for stage in _stages(commands):
-        steps.append(_training_step(stage, commands, folder, weights, seed, variant))
+        if stage == "combine":
+            out = str(folder / stage)
+            steps.append(commands[stage].step(stage, [out], {"llm": new, "vision": weights, "output_dir": out}))
+        else:
+            steps.append(_training_step(stage, commands, folder, weights, seed, variant))
         weights = str(folder / stage)
     return steps
 
@@ -91,12 +96,12 @@ def plan_run(variant: Variant, seed: int, commands: Mapping[str, Command], work:
 
     Args:
         variant: what differs from the base.
-        seed: of the training, and of its start.
+        seed: of the training.
         commands: those of :func:`plan_start`, then ``training`` and ``evaluation``.
         work: folder of all runs.
     """
     folder = run_folder(work, variant.name, seed)
-    start = str(start_folder(work, variant.start, seed) / ["new", *_stages(commands)][-1])
+    start = str(start_folder(work, variant.start) / ["new", *_stages(commands)][-1])
     training = _training_step("training", commands, folder, start, seed, variant)
     trained, results = training["overrides"]["checkpoint_out"], str(folder / "results")
     measured = {"checkpoint": trained, "benchmarks": list(variant.benchmarks), "output_dir": results}
@@ -121,9 +126,9 @@ def run_folder(work: Path, variant: str, seed: int) -> Path:
     return work / "runs" / f"{variant}_{seed}"
 
 
-def start_folder(work: Path, name: str, seed: int) -> Path:
+def start_folder(work: Path, name: str) -> Path:
     """Return the folder of what trainings start from."""
-    return work / "starts" / f"{name}_{seed}"
+    return work / "starts" / name
 
 
 @dataclass(frozen=True)
@@ -138,13 +143,12 @@ class _Job:
 def _plan(
     variants: Sequence[Variant], seeds: Sequence[int], commands: Mapping[str, Command], work: Path
 ) -> Iterator[_Job]:
-    """Yield all chains seed by seed, so that a study that is cut off has compared all variants at least once."""
-    starts = {variant.start: variant for variant in variants}
+    """Yield the starts, and the runs seed by seed: a study that is cut off has compared all variants at least once."""
+    for name, variant in {variant.start: variant for variant in variants}.items():
+        yield _Job(plan_start(variant, seeds[0], commands, work), start_folder(work, name))
     for seed in seeds:
-        for name, variant in starts.items():
-            yield _Job(plan_start(variant, seed, commands, work), start_folder(work, name, seed))
         for variant in variants:
-            folder, after = run_folder(work, variant.name, seed), start_folder(work, variant.start, seed)
+            folder, after = run_folder(work, variant.name, seed), start_folder(work, variant.start)
             yield _Job(plan_run(variant, seed, commands, work), folder, after)
 
 
@@ -174,7 +178,7 @@ def run_ablations(
 
     Args:
         variants: name -> arguments of :class:`Variant`, in the order of the table.
-        seeds: of the new weights and the trainings.
+        seeds: of the trainings; what they start from is of the first.
         commands: ``model``, any stages that trainings share, ``training`` and ``evaluation``, each the arguments of
             :class:`Command`.
         work: folder; gets ``ablations.csv``, ``ablations.json`` and ``ablations.png``, and ``log.txt`` of every run.
