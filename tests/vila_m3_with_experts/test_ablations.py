@@ -97,7 +97,7 @@ def test_runs_go_on_two_at_a_time_behind_their_starts(tmp_path: Path) -> None:
     work = tmp_path / "work"
     run_ablations(study, [0, 1], commands, str(work), jobs=2)
     assert sorted(path.name for path in (work / "starts").iterdir()) == ["base"]
-    assert (work / "runs/other_1/training/weights").read_text() == "1!"
+    assert (work / "runs/other_1/training/weights").read_text() == "0!"
     assert [row["runs"] for row in json.loads((work / "ablations.json").read_text())] == [2, 2]
 
 
