@@ -123,7 +123,7 @@ def _measure_mask(mask: np.ndarray, grid: Grid, first_slice: int, axis: int) -> 
         "longest_diameter_mm": round(largest.longest, 1),
         "perpendicular_diameter_mm": round(largest.perpendicular, 1),
         "diameter_slice": first_slice + largest.slice_index,
-        "largest_slice": first_slice + _largest_slice(mask, axis),
+        "largest_slice": first_slice + largest_slice(mask, axis),
         "slice_axis": AXIS_NAMES[axis],
     }
 
@@ -146,14 +146,15 @@ def find_lesions(mask: np.ndarray, voxel_ml: float) -> tuple[np.ndarray, list[in
     return components, large or [int(index) + 1 for index in order[:1]]
 
 
-def _largest_slice(mask: np.ndarray, axis: int) -> int:
+def largest_slice(mask: np.ndarray, axis: int = 2) -> int:
+    """Return the index along ``axis`` at which a mask ``(X, Y, Z)`` has most voxels."""
     return int(mask.sum(axis=tuple(other for other in range(3) if other != axis)).argmax())
 
 
 def _lesion_diameters(lesions: np.ndarray, lesion: int, grid: Grid, axis: int) -> Diameters:
     """Measure a lesion in the slice where its area is largest."""
     mask = lesions == lesion
-    index = _largest_slice(mask, axis)
+    index = largest_slice(mask, axis)
     longest, perpendicular = plane_diameters(np.take(mask, index, axis=axis), grid.plane_coordinates(axis))
     return Diameters(longest, perpendicular, index)
 

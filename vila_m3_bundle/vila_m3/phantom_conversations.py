@@ -76,6 +76,10 @@ def findings_reply(positive: Sequence[str]) -> str:
     return f"The findings are: {', '.join(map(prompts.spoken, positive))}."
 
 
+# A picture (H, W) and the findings drawn into it.
+Radiograph = tuple[np.ndarray, tuple[str, ...]]
+
+
 @dataclass
 class PhantomPool:
     """Slices of phantoms, drawn once and used in many conversations.
@@ -88,7 +92,7 @@ class PhantomPool:
 
     ct: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     mri: list[tuple[list[np.ndarray], np.ndarray]] = field(default_factory=list)
-    cxr: list[tuple[np.ndarray, tuple[str, ...]]] = field(default_factory=list)
+    cxr: list[Radiograph] = field(default_factory=list)
 
 
 def build_pool(
@@ -112,10 +116,14 @@ def build_pool(
         for index in slice_indices(mri.labels, prompts.BRATS_LABELS, slices_per_volume, seed):
             greys = [scale_min_max(take_slice(image, index), 0, float(image.max())) for image in mri.image]
             pool.mri.append((greys, take_slice(mri.labels, index).copy()))
-        for offset in range(4):
-            radiograph = phantoms.cxr_phantom(4 * seed + offset, size=128)
-            pool.cxr.append((radiograph.image, radiograph.findings))
+        pool.cxr += draw_radiographs(seed)
     return pool
+
+
+def draw_radiographs(seed: int) -> list[Radiograph]:
+    """Draw the four radiographs that a pool has for a phantom seed."""
+    drawn = [phantoms.cxr_phantom(4 * seed + offset, size=128) for offset in range(4)]
+    return [(radiograph.image, radiograph.findings) for radiograph in drawn]
 
 
 def slice_indices(labels: np.ndarray, targets: Sequence[int], count: int, seed: int) -> list[int]:

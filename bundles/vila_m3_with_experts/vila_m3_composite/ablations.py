@@ -82,12 +82,13 @@ def plan_start(variant: Variant, seed: int, commands: Mapping[str, Command], wor
     told = {**variant.of("model"), "output_dir": new, "seed": seed}
     steps = [commands["model"].step("model", [new], told)]
     for stage in _stages(commands):
+        out = str(folder / stage)
         if stage == "combine":
-            out = str(folder / stage)
-            steps.append(commands[stage].step(stage, [out], {"llm": new, "vision": weights, "output_dir": out}))
+            joined = {**variant.of(stage), "llm": new, "vision": weights, "output_dir": out}
+            steps.append(commands[stage].step(stage, [out], joined))
         else:
             steps.append(_training_step(stage, commands, folder, weights, seed, variant))
-        weights = str(folder / stage)
+        weights = out
     return steps
 
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from monai.bundle import run
 
 from vila_m3_common import phantoms
+from vila_m3_common.measure import largest_slice
 
 QUESTIONS = {
     "ct": ["Are there any liver masses?", "Which organs are visible?"],
@@ -55,16 +55,11 @@ def draw_phantoms(folder: Path) -> dict[str, Case]:
     return {
         "ct": Case(
             phantoms.save_volume(ct.image, ct.affine, folder / "phantom_ct.nii.gz"),
-            _fullest_slice(ct.labels == phantoms.CT_TUMORS[tumor]),
+            largest_slice(ct.labels == phantoms.CT_TUMORS[tumor]),
         ),
-        "mri": Case(phantoms.save_mri(mri, folder / "phantom_mri"), _fullest_slice(mri.labels > 0)),
+        "mri": Case(phantoms.save_mri(mri, folder / "phantom_mri"), largest_slice(mri.labels > 0)),
         "cxr": Case(phantoms.save_radiograph(radiograph, folder / "phantom_cxr.png"), None),
     }
-
-
-def _fullest_slice(mask: np.ndarray) -> int:
-    """Return the axial slice of a mask ``(X, Y, Z)`` in which it is largest."""
-    return int(mask.sum((0, 1)).argmax())
 
 
 if __name__ == "__main__":

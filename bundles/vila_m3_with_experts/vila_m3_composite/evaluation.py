@@ -18,6 +18,7 @@ from vila_m3.questions import Question, ct_describe, ct_tumor, cxr_finding, draw
 from vila_m3_common import phantoms
 from vila_m3_common.agent import Session
 from vila_m3_common.errors import exits_with_message
+from vila_m3_common.measure import largest_slice
 from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.study import open_study
 
@@ -80,9 +81,9 @@ def ct_case(seed: int, folder: Path, held_out: bool) -> Case:
     phantom = phantoms.ct_phantom(seed)
     question = draw(ct_tumor if rng.random() < 0.75 else ct_describe, rng, held_out)
     tumor = phantoms.CT_TUMORS.get(question.target)
-    areas = (phantom.labels == tumor).sum(axis=(0, 1)) if tumor else phantom.labels.astype(bool).sum(axis=(0, 1))
+    shown = phantom.labels == tumor if tumor else phantom.labels > 0
     path = phantoms.save_volume(phantom.image, phantom.affine, folder / f"ct_{seed}.nii.gz")
-    slice_index = int(areas.argmax()) if areas.any() else None
+    slice_index = largest_slice(shown) if shown.any() else None
     return Case(path, "CT", question, "VISTA3D", question.argument, slice_index)
 
 
@@ -91,8 +92,8 @@ def mri_case(seed: int, folder: Path, held_out: bool) -> Case:
     rng = random.Random(seed)
     phantom = phantoms.mri_phantom(seed)
     question = draw(from_table("mri_tumor", "tumor"), rng, held_out)
-    areas = (phantom.labels > 0).sum(axis=(0, 1))
-    slice_index = int(areas.argmax()) if areas.any() else None
+    shown = phantom.labels > 0
+    slice_index = largest_slice(shown) if shown.any() else None
     return Case(phantoms.save_mri(phantom, folder / f"mri_{seed}"), "MRI", question, "BRATS", "", slice_index)
 
 

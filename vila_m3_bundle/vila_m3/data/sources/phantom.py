@@ -30,16 +30,18 @@ from ...phantom_conversations import (
     FOREIGN_REPLY,
     ConversationMaker,
     PhantomPool,
+    Radiograph,
     Sample,
     build_pool,
     disc,
+    draw_radiographs,
     group_ids,
     random_scores,
     show_group,
     slice_indices,
 )
 from ...questions import foreign_questions
-from ..experts.cxr import ROLES
+from ..experts.cxr import finding_messages
 from ..experts.wording import pick, tumor_wordings, wordings
 from ..record import Message, Record
 from ..source import Item, Located
@@ -114,7 +116,7 @@ def read_forms(
         images: folder of the pictures, which are named by their content.
         cards: text of the model cards.
         count: questions.
-        volume_count: radiographs to ask about.
+        volume_count: seeds of phantoms, four radiographs each.
         seed: of the questions.
 
     Raises:
@@ -122,9 +124,10 @@ def read_forms(
     """
     folder = _check_made(split, images, [count], volume_count)
     rng = random.Random(f"forms/{split}/{seed}")
-    pool = build_pool(volume_count, FIRST_SEEDS[split])
+    first = FIRST_SEEDS[split]
+    films = [film for drawn in range(first, first + volume_count) for film in draw_radiographs(drawn)]
     for number in range(1, count + 1):
-        yield Located(number, _to_record(ask_finding(pool, cards, rng), number, folder, split, "phantom_forms"))
+        yield Located(number, _to_record(ask_finding(films, cards, rng), number, folder, split, "phantom_forms"))
 
 
 def _samples(
@@ -176,23 +179,22 @@ def ask_foreign(pool: PhantomPool, cards: str, rng: random.Random, held_out: boo
     return Sample(conversation, modality, "foreign")
 
 
-def ask_finding(pool: PhantomPool, cards: str, rng: random.Random) -> Sample:
+def ask_finding(films: Sequence[Radiograph], cards: str, rng: random.Random) -> Sample:
     """Ask for one finding of a radiograph as benchmarks do; the answer is the expert's, whatever the picture shows.
 
     Args:
-        pool: of the images.
+        films: radiographs to choose from.
         cards: text of the model cards.
-        rng: chooses image, findings, question and form.
+        rng: chooses film, findings, question and form.
     """
-    grey, drawn = rng.choice(pool.cxr)
+    grey, drawn = rng.choice(films)
     scores = random_scores(drawn, rng)
     is_present = rng.random() < 0.5
     finding = rng.choice([name for name, score in scores.items() if (score > 0.5) == is_present] or list(scores))
     form = rng.choice(("binary", *prompts.EXPERT_FORMS))
     conversation = Conversation()
-    turns = prompts.finding_turns(form, [], finding, prompts.finding_lines(scores), cards)
-    for role, text in zip(ROLES, turns, strict=False):
-        conversation.add(role, text, [grey_to_rgb(grey)] * text.count(IMAGE_TOKEN))
+    for message in finding_messages(form, [], finding, scores, cards):
+        conversation.add(message.role, message.text, [grey_to_rgb(grey)] * message.text.count(IMAGE_TOKEN))
     conversation.add("assistant", "yes" if scores[finding] > 0.5 else "no")
     return Sample(conversation, "CXR", form)
 
