@@ -150,6 +150,8 @@ def test_the_nano_chain_goes_from_data_to_weights_on_slices(repository: Path, sh
     assert load_checkpoint(released).config.vision_config.model_type == "conv_stem_siglip"
     card = json.loads((released / "model_card.json").read_text())
     assert 0 <= card["metrics"]["trigger_accuracy"] <= 1
+    assert card["config"]["start_checkpoint"] == "stage3"
+    assert str(tmp_path) not in json.dumps(card), "a card is passed on"
     assert set(card["data"]["train"]["data_sets"]) == {
         *("slake", "radvqa", "nih", "nih_expert", "phantom", "phantom_forms"),
         *("expert_vista3d", "expert_brats", "expert_cxr"),

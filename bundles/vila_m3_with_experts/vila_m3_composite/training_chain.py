@@ -175,7 +175,7 @@ def link_folders(folder: str, targets: Mapping[str, str]) -> None:
 
 @exits_with_message
 def release(checkpoint: str, output_dir: str) -> None:
-    """Write the weights of a chain's last stage in half precision, with its card.
+    """Write the weights of a chain's last stage in half precision, with its card less the folders of this machine.
 
     Args:
         checkpoint: folder that the stage wrote.
@@ -186,7 +186,9 @@ def release(checkpoint: str, output_dir: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     save_released(load_checkpoint(source, dtype="float32"), load_processor(source), partial, torch.float16)
-    shutil.copyfile(source / "model_card.json", partial / "model_card.json")
+    card = json.loads((source / "model_card.json").read_text())
+    card["config"]["start_checkpoint"] = Path(card["config"]["start_checkpoint"]).name
+    (partial / "model_card.json").write_text(json.dumps(card, indent=2) + "\n")
     replace_folder(partial, target)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     print(f"{target}: {size / 1e6:.1f} MB")
