@@ -339,11 +339,11 @@ def no_tumors(name: str) -> str:
     return f"There are no {name}s."
 
 
-def tumor_size(diameter_mm: float, volume_ml: float) -> str:
-    """Return the assistant turn that tells the size of a kind of tumour; a form of this project.
+def tumor_size(row: Mapping[str, Any]) -> str:
+    """Return the assistant turn that tells the size of a kind of tumour, as the expert told it; a form of this project.
 
     Args:
-        diameter_mm: the longest diameter of the largest one.
-        volume_ml: of all of them together.
+        row: of :func:`vila_m3_common.measure.measure_labels`: mL of all of them together, longest and perpendicular
+            diameter of the largest one in mm.
     """
-    return f"The longest diameter is {diameter_mm:g} mm, the volume is {volume_ml:g} mL."
+    return f"The expert measured {_measurement_text(row)}."

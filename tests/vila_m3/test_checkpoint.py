@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vila_m3.checkpoint import PARTS, load_checkpoint, load_processor, read_config, resolve_checkpoint
-from vila_m3.export import combine, convert, save_released
+from vila_m3.export import convert, save_released
 from vila_m3.model import VilaM3ForConditionalGeneration
 from vila_m3.processor import VilaM3Processor
 from vila_m3.tensor_files import weight_files
@@ -90,20 +90,6 @@ def test_conversion_overwrites_nothing(golden: Path, tmp_path: Path, capsys: pyt
         convert(str(golden / CHECKPOINTS[0]), str(tmp_path), "released")
     with pytest.raises(SystemExit, match="unknown layout 'flat'; valid: one_folder, released"):
         convert(str(golden / CHECKPOINTS[0]), str(tmp_path / "x"), "flat")
-
-
-def test_one_checkpoint_gives_the_llm_and_another_the_eyes(golden: Path, tmp_path: Path) -> None:
-    reads, sees = golden / CHECKPOINTS[0], tmp_path / "sees"
-    model = load_checkpoint(reads)
-    for value in model.parameters():
-        value.data += 1
-    save_released(model, load_processor(reads), sees)
-    combine(str(reads), str(sees), str(tmp_path / "both"))
-    for part, source in (("llm", reads), ("vision_tower", sees), ("mm_projector", sees)):
-        one, other = tensors_of(source / part), tensors_of(tmp_path / "both" / part)
-        assert all(torch.equal(other[name], value.to(other[name].dtype)) for name, value in one.items())
-    with pytest.raises(SystemExit, match="B_clip_vicuna does not fit the model of .*; take two of one architecture"):
-        combine(str(reads), str(golden / "B_clip_vicuna"), str(tmp_path / "other"))
 
 
 def test_shards_are_read_and_written(golden: Path, tmp_path: Path) -> None:

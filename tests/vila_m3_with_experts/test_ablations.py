@@ -50,19 +50,17 @@ def test_a_run_goes_through_the_stages_before_its_training() -> None:
     commands = {
         "model": COMMANDS["model"],
         "seeing": Command(["train.json"], {"rate": 0.3}, 1),
-        "combine": Command(["combine.json"], {}, 0.1),
         "reading": Command(["train.json"], {"epochs": 1, "rate": 0.2}, 3),
         **COMMANDS,
     }
     starts = plan_start(VARIANTS[1], 2, commands, Path("work"))
-    model, seeing, combine, reading = (step["overrides"] for step in starts)
+    model, seeing, reading = (step["overrides"] for step in starts)
     training, evaluation = (step["overrides"] for step in plan_run(VARIANTS[1], 2, commands, Path("work")))
     assert [reading["epochs"], training["epochs"], reading["seed"]] == [1, 3, 2]
-    written = [model["output_dir"], combine["output_dir"], reading["checkpoint_out"], training["checkpoint_out"]]
-    read = [*(stage["start_checkpoint"] for stage in (seeing, reading, training)), evaluation["checkpoint"]]
-    assert read == written
-    assert [combine["llm"], combine["vision"]] == [model["output_dir"], seeing["checkpoint_out"]]
-    assert len({stage["ckpt_dir"] for stage in (seeing, reading, training)}) == 3
+    trained = (seeing, reading, training)
+    written = [model["output_dir"], *(stage["checkpoint_out"] for stage in trained)]
+    assert [*(stage["start_checkpoint"] for stage in trained), evaluation["checkpoint"]] == written
+    assert len({stage["ckpt_dir"] for stage in trained}) == 3
     alone = Variant("alone", ["slake"], {"reading": {"epochs": 4}})
     *_, other = (step["overrides"] for step in plan_start(alone, 2, commands, Path("work")))
     assert other["epochs"] == 4

@@ -162,30 +162,6 @@ def convert(checkpoint: str, output_dir: str, layout: str) -> Path:
     return target
 
 
-@exits_with_message
-def combine(llm: str, vision: str, output_dir: str) -> Path:
-    """Write one checkpoint of the LLM of one and the vision tower and projector of another, in the released layout.
-
-    Args:
-        llm: checkpoint whose LLM and tokenizer are taken, in either layout, or a Hugging Face id.
-        vision: checkpoint whose vision tower and projector are taken.
-        output_dir: target, which must be empty or absent.
-
-    Raises:
-        UserError: if the two are of different architectures.
-    """
-    target = _empty_folder(output_dir)
-    model, other = (load_checkpoint(checkpoint, dtype="stored") for checkpoint in (llm, vision))
-    for part in ("vision_tower", "mm_projector"):
-        try:
-            getattr(model, part).load_state_dict(getattr(other, part).state_dict())
-        except RuntimeError as error:
-            raise UserError(
-                f"the {part} of {vision} does not fit the model of {llm}; take two of one architecture ({error})"
-            ) from error
-    return save_released(model, load_processor(llm), target)
-
-
 def _empty_folder(output_dir: str) -> Path:
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

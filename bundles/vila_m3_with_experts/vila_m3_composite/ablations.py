@@ -73,22 +73,16 @@ def plan_start(variant: Variant, seed: int, commands: Mapping[str, Command], wor
     Args:
         variant: one of those that start from it.
         seed: of the new weights and of the stages.
-        commands: ``model``, then the stages, each from the weights of the one before, up to ``training``. One that is
-            named ``combine`` goes on with the vision tower of the one before and the LLM of the new model.
+        commands: ``model``, then the stages, each from the weights of the one before, up to ``training``.
         work: folder of all runs.
     """
     folder = start_folder(work, variant.start)
-    new = weights = str(folder / "new")
-    told = {**variant.of("model"), "output_dir": new, "seed": seed}
-    steps = [commands["model"].step("model", [new], told)]
+    weights = str(folder / "new")
+    told = {**variant.of("model"), "output_dir": weights, "seed": seed}
+    steps = [commands["model"].step("model", [weights], told)]
     for stage in _stages(commands):
-        out = str(folder / stage)
-        if stage == "combine":
-            joined = {**variant.of(stage), "llm": new, "vision": weights, "output_dir": out}
-            steps.append(commands[stage].step(stage, [out], joined))
-        else:
-            steps.append(_training_step(stage, commands, folder, weights, seed, variant))
-        weights = out
+        steps.append(_training_step(stage, commands, folder, weights, seed, variant))
+        weights = str(folder / stage)
     return steps
 
 

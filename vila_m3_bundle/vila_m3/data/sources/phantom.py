@@ -332,5 +332,5 @@ def count_tumors(
     asks_size = tells and row is not None and rng.random() < 0.5
     if asks_size and row:
         conversation.add("user", pick(wordings("size"), rng, held_out))
-        conversation.add("assistant", prompts.tumor_size(row["longest_diameter_mm"], row["volume_ml"]))
+        conversation.add("assistant", prompts.tumor_size(row))
     return Sample(conversation, "CT", "size" if asks_size else "count")
