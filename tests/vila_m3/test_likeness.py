@@ -44,17 +44,11 @@ def test_a_token_attends_to_its_like_from_the_start() -> None:
 def test_what_is_read_is_written_back_as_it_is() -> None:
     llm = new_llm()
     look_for_likeness(llm)
-    attention = llm.model.layers[0].self_attn
-    state = torch.randn(5, 96)
-    copied = attention.o_proj(attention.v_proj(state))
-    torch.testing.assert_close(copied, GAIN**2 * state, atol=1e-4, rtol=1e-4)
-
-
-def test_the_other_layers_start_as_usual() -> None:
-    llm = new_llm()
-    before = {name: value.clone() for name, value in llm.model.layers[1].state_dict().items()}
-    look_for_likeness(llm)
-    torch.testing.assert_close(llm.model.layers[1].state_dict(), before)
+    for layer in llm.model.layers:
+        attention = layer.self_attn
+        state = torch.randn(5, 96)
+        copied = attention.o_proj(attention.v_proj(state))
+        torch.testing.assert_close(copied, GAIN**2 * state, atol=1e-4, rtol=1e-4)
 
 
 def test_shared_key_heads_stay_as_they_are() -> None:
@@ -66,5 +60,5 @@ def test_shared_key_heads_stay_as_they_are() -> None:
 
 def test_a_model_to_be_trained_from_nothing_starts_so(tiny_config: dict[str, Any], cards: str) -> None:
     tokenizer = wrap_tokenizer(fit_tokenizer(["Is there edema?", "yes", "no"], cards, 1024))
-    attention = start_model(tiny_config, None, tokenizer).llm.model.layers[0].self_attn
-    torch.testing.assert_close(attention.q_proj.weight, attention.k_proj.weight)
+    for layer in start_model(tiny_config, None, tokenizer).llm.model.layers:
+        torch.testing.assert_close(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)

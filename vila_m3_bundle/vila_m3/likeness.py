@@ -3,8 +3,7 @@
 A small model learns late to read "edema: yes" off a list when it is asked for edema: one bit an answer hardly tells it
 where to look. Started so that queries equal keys and that what is read is written back as it is, it matches and copies
 from the first step, and training only has to choose what. After the mimetic initialization of Trockman and Kolter
-(2023, https://arxiv.org/abs/2305.09828), who found such products in trained models. The first layer alone starts so: it
-is where tokens still look like themselves, and the others see pictures better when they start as usual.
+(2023, https://arxiv.org/abs/2305.09828), who found such products in trained models.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ GAIN = 0.7
 
 @torch.no_grad()
 def look_for_likeness(llm: LlamaForCausalLM) -> None:
-    """Start the first layer so; left alone where keys have fewer heads than queries, or heads another width.
+    """Start every layer's attention so; left alone where keys have fewer heads than queries, or heads another width.
 
     Args:
         llm: a new model; changed in place.
     """
-    attention = llm.model.layers[0].self_attn
-    query, key, value, output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    if query.weight.shape == key.weight.shape == value.weight.shape == output.weight.T.shape:
+    for layer in llm.model.layers:
+        attention = layer.self_attn
+        query, key, value, output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        if not query.weight.shape == key.weight.shape == value.weight.shape == output.weight.T.shape:
+            continue
         nn.init.orthogonal_(query.weight, GAIN)
         key.weight.copy_(query.weight)
         nn.init.orthogonal_(value.weight, GAIN)
