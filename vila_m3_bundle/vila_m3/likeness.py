@@ -26,9 +26,8 @@ def look_for_likeness(llm: LlamaForCausalLM) -> None:
     for layer in llm.model.layers:
         attention = layer.self_attn
         query, key, value, output = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-        if not query.weight.shape == key.weight.shape == value.weight.shape == output.weight.T.shape:
-            continue
-        nn.init.orthogonal_(query.weight, GAIN)
-        key.weight.copy_(query.weight)
-        nn.init.orthogonal_(value.weight, GAIN)
-        output.weight.copy_(value.weight.T)
+        if query.weight.shape == key.weight.shape == value.weight.shape == output.weight.T.shape:
+            nn.init.orthogonal_(query.weight, GAIN)
+            key.weight.copy_(query.weight)
+            nn.init.orthogonal_(value.weight, GAIN)
+            output.weight.copy_(value.weight.T)
