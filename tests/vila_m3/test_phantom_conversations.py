@@ -76,6 +76,15 @@ def test_what_the_expert_said_of_a_finding_is_told_as_its_line(maker: Conversati
     assert told > 100
 
 
+def test_shares_choose_the_kinds_of_questions_about_a_ct(maker: ConversationMaker) -> None:
+    only = ConversationMaker(maker.pool, maker.cards, shares={"CT": 1}, ct_kinds={"describe": 2, "structure": 1})
+    drawn = Counter(only(seed).kind for seed in range(90))
+    assert set(drawn) == {"describe", "structure"}
+    assert drawn["describe"] > drawn["structure"]
+    with pytest.raises(UserError, match="unknown kind of question 'size'"):
+        ConversationMaker(maker.pool, maker.cards, ct_kinds={"size": 1})
+
+
 def test_shares_choose_the_kinds_of_images(maker: ConversationMaker) -> None:
     only = ConversationMaker(maker.pool, maker.cards, shares={"CXR": 2})
     assert {only(seed).modality for seed in range(40)} == {"CXR"}

@@ -52,6 +52,8 @@ _ERROR_REASONS = (
 
 # How often a conversation is about each kind of image; one about a radiograph costs least, as several share a picture.
 SHARES = {"CT": 0.3, "MRI": 0.15, "CXR": 0.45, "other": 0.1}
+# How often each kind of question about a CT is drawn.
+CT_KINDS = {"tumor": 0.42, "describe": 0.2, "structure": 0.12, "segment": 0.18, "modality": 0.05, "vista2d": 0.03}
 # Arguments of VISTA3D whose structures are asked for one by one.
 STRUCTURE_GROUPS = ("organs", "skeleton", "muscles", "cardiovascular", "gastrointestinal")
 
@@ -144,6 +146,15 @@ class Sample:
     kind: str
 
 
+def _check_shares(given: Mapping[str, float] | None, usual: Mapping[str, float], what: str) -> dict[str, float]:
+    shares = dict(usual if given is None else given)
+    for name in shares:
+        check_choice(name, list(usual), what)
+    if not any(shares.values()) or min(shares.values()) < 0:
+        raise UserError(f"shares {shares} draw nothing; give numbers from 0 on, one of them above it")
+    return shares
+
+
 class ConversationMaker:
     """Makes conversations from a pool.
 
@@ -153,22 +164,25 @@ class ConversationMaker:
         held_out: whether to use only the question wordings that training never sees.
         shares: how often each of ``CT``, ``MRI``, ``CXR`` and ``other`` (what no expert reads) is drawn, in any unit;
             None takes :data:`SHARES`.
+        ct_kinds: how often each kind of question about a CT is drawn, likewise; None takes :data:`CT_KINDS`.
 
     Raises:
         UserError: for another name, or shares that are negative or all zero.
     """
 
     def __init__(
-        self, pool: PhantomPool, cards: str, held_out: bool = False, shares: Mapping[str, float] | None = None
+        self,
+        pool: PhantomPool,
+        cards: str,
+        held_out: bool = False,
+        shares: Mapping[str, float] | None = None,
+        ct_kinds: Mapping[str, float] | None = None,
     ) -> None:
         self.pool = pool
         self.cards = cards
         self.held_out = held_out
-        self.shares = dict(SHARES if shares is None else shares)
-        for name in self.shares:
-            check_choice(name, list(SHARES), "kind of phantom")
-        if not any(self.shares.values()) or min(self.shares.values()) < 0:
-            raise UserError(f"shares {self.shares} draw nothing; give numbers from 0 on, one of them above it")
+        self.shares = _check_shares(shares, SHARES, "kind of phantom")
+        self.ct_kinds = _check_shares(ct_kinds, CT_KINDS, "kind of question")
 
     def __call__(self, seed: int) -> Sample:
         """Make one conversation; everything random follows from ``seed``."""
@@ -192,11 +206,7 @@ class ConversationMaker:
         if rng.random() < 0.5:
             labels = random_labels(labels.shape, rng)
         conversation = Conversation()
-        kinds = rng.choices(
-            ("tumor", "describe", "structure", "segment", "modality", "vista2d"),
-            weights=(0.42, 0.2, 0.12, 0.18, 0.05, 0.03),
-            k=rng.choice((1, 1, 2, 3)),
-        )
+        kinds = rng.choices(list(self.ct_kinds), weights=list(self.ct_kinds.values()), k=rng.choice((1, 1, 2, 3)))
         for position, kind in enumerate(kinds):
             question = self._ct_question(kind, labels, rng)
             self._ask(conversation, "CT", question.text, [grey_to_rgb(grey)], position == 0)

@@ -67,6 +67,7 @@ def read_phantoms(
     shares: Mapping[str, float] | None = None,
     measured_share: float = 0.5,
     invented_share: float = 0.0,
+    ct_kinds: Mapping[str, float] | None = None,
 ) -> Iterator[Item]:
     """Yield conversations, and write their pictures below ``images``, each once.
 
@@ -82,13 +83,15 @@ def read_phantoms(
         shares: of the kinds of images in conversations of the first kind, see :class:`.ConversationMaker`.
         measured_share: of the conversations about number and size in which the expert's turn tells measurements.
         invented_share: of them whose tumours are scattered anew, see :func:`invent_tumors`; of train alone.
+        ct_kinds: of the questions about a CT, see :class:`.ConversationMaker`.
 
     Raises:
         UserError: for an unknown split, no phantom, negative counts, or shares of an unknown kind.
     """
     counts = (count, counted_count, foreign_count)
     folder = _check_made(split, images, counts, volume_count)
-    samples = _samples(split, cards, counts, volume_count, seed, shares, (measured_share, invented_share))
+    told_shares = (measured_share, invented_share)
+    samples = _samples(split, cards, counts, volume_count, seed, (shares, ct_kinds), told_shares)
     for number, sample in enumerate(samples, start=1):
         yield Located(number, _to_record(sample, number, folder, split))
 
@@ -136,7 +139,7 @@ def _samples(
     counts: Sequence[int],
     volume_count: int,
     seed: int,
-    shares: Mapping[str, float] | None,
+    drawn_shares: tuple[Mapping[str, float] | None, Mapping[str, float] | None],
     told_shares: tuple[float, float],
 ) -> Iterator[Sample]:
     first, held_out = FIRST_SEEDS[split], split != "train"
@@ -144,7 +147,7 @@ def _samples(
     count, counted_count, foreign_count = counts
     if count or foreign_count:
         pool = build_pool(volume_count, first)
-        maker = ConversationMaker(pool, cards, held_out, shares)
+        maker = ConversationMaker(pool, cards, held_out, *drawn_shares)
         yield from (maker(1_000_000 * seed + number) for number in range(count))
         yield from (ask_foreign(pool, cards, rng, held_out) for _ in range(foreign_count))
     if counted_count:
