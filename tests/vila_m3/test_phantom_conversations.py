@@ -85,6 +85,15 @@ def test_shares_choose_the_kinds_of_questions_about_a_ct(maker: ConversationMake
         ConversationMaker(maker.pool, maker.cards, ct_kinds={"size": 1})
 
 
+def test_shares_choose_what_is_asked_first_about_a_radiograph(maker: ConversationMaker) -> None:
+    only = ConversationMaker(maker.pool, maker.cards, shares={"CXR": 1}, cxr_kinds={"describe": 1})
+    drawn = [only(seed) for seed in range(40)]
+    assert {sample.kind for sample in drawn} == {"describe"}
+    assert any(len(sample.conversation.turns) > 4 for sample in drawn), "other questions follow"
+    with pytest.raises(UserError, match="unknown kind of question 'structure'"):
+        ConversationMaker(maker.pool, maker.cards, cxr_kinds={"structure": 1})
+
+
 def test_shares_choose_the_kinds_of_images(maker: ConversationMaker) -> None:
     only = ConversationMaker(maker.pool, maker.cards, shares={"CXR": 2})
     assert {only(seed).modality for seed in range(40)} == {"CXR"}

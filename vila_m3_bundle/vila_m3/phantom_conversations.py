@@ -54,6 +54,8 @@ _ERROR_REASONS = (
 SHARES = {"CT": 0.3, "MRI": 0.15, "CXR": 0.45, "other": 0.1}
 # How often each kind of question about a CT is drawn.
 CT_KINDS = {"tumor": 0.42, "describe": 0.2, "structure": 0.12, "segment": 0.18, "modality": 0.05, "vista2d": 0.03}
+# How often each kind of question begins a conversation about a radiograph.
+CXR_KINDS = {"finding": 0.55, "describe": 0.2, "prediction": 0.18, "modality": 0.07}
 # Arguments of VISTA3D whose structures are asked for one by one.
 STRUCTURE_GROUPS = ("organs", "skeleton", "muscles", "cardiovascular", "gastrointestinal")
 
@@ -165,6 +167,8 @@ class ConversationMaker:
         shares: how often each of ``CT``, ``MRI``, ``CXR`` and ``other`` (what no expert reads) is drawn, in any unit;
             None takes :data:`SHARES`.
         ct_kinds: how often each kind of question about a CT is drawn, likewise; None takes :data:`CT_KINDS`.
+        cxr_kinds: how often each kind of question comes first about a radiograph, likewise; None takes
+            :data:`CXR_KINDS`.
 
     Raises:
         UserError: for another name, or shares that are negative or all zero.
@@ -177,12 +181,14 @@ class ConversationMaker:
         held_out: bool = False,
         shares: Mapping[str, float] | None = None,
         ct_kinds: Mapping[str, float] | None = None,
+        cxr_kinds: Mapping[str, float] | None = None,
     ) -> None:
         self.pool = pool
         self.cards = cards
         self.held_out = held_out
         self.shares = _check_shares(shares, SHARES, "kind of phantom")
         self.ct_kinds = _check_shares(ct_kinds, CT_KINDS, "kind of question")
+        self.cxr_kinds = _check_shares(cxr_kinds, CXR_KINDS, "kind of question")
 
     def __call__(self, seed: int) -> Sample:
         """Make one conversation; everything random follows from ``seed``."""
@@ -292,7 +298,7 @@ class ConversationMaker:
         grey, drawn = rng.choice(self.pool.cxr)
         scores = random_scores(drawn, rng)
         conversation = Conversation()
-        kind = rng.choices(("finding", "describe", "prediction", "modality"), weights=(0.55, 0.2, 0.18, 0.07))[0]
+        (kind,) = rng.choices(list(self.cxr_kinds), weights=list(self.cxr_kinds.values()))
         question = self._cxr_question(kind, scores, rng)
         self._ask(conversation, "CXR", question.text, [grey_to_rgb(grey)], True)
         if kind == "modality":

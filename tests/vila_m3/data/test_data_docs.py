@@ -112,13 +112,17 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phantom": ("train", {}),
     "phantom_forms": ("train", {}),
     "phantom_structures": ("train", {}),
+    "phantom_findings": ("train", {}),
     "without_expert": ("train", {"phantom_train.jsonl": PREDICTED, "d.jpg": None}),
     "openi": ("all", {"1.xml": '<e><uId id="C1"/><AbstractText Label="FINDINGS">Clear.</AbstractText></e>'}),
 }
 # What makes one row where there would be more.
 ONE_ROW = {
     "nih": {"row_limit": 1},
-    **dict.fromkeys(("phantom", "phantom_forms", "phantom_structures"), {"row_limit": 1, "options#volume_count": 1}),
+    **dict.fromkeys(
+        ("phantom", "phantom_forms", "phantom_structures", "phantom_findings"),
+        {"row_limit": 1, "options#volume_count": 1},
+    ),
 }
 ANSWERS = {
     "nih": "no",
@@ -126,6 +130,7 @@ ANSWERS = {
     "phantom_forms": "no",
     "phantom_structures": "This a CT image. It contains several anatomical structures such as identified by VISTA3D: "
     "red: liver, blue: spleen, yellow: left lung lower lobe, magenta: right lung lower lobe, green: spinal cord.",
+    "phantom_findings": "no",
     "without_expert": "Clear.",
     "slake": "CT",
     "slake_choice": "A. CT",

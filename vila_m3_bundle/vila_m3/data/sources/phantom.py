@@ -68,6 +68,7 @@ def read_phantoms(
     measured_share: float = 0.5,
     invented_share: float = 0.0,
     ct_kinds: Mapping[str, float] | None = None,
+    cxr_kinds: Mapping[str, float] | None = None,
 ) -> Iterator[Item]:
     """Yield conversations, and write their pictures below ``images``, each once.
 
@@ -84,6 +85,7 @@ def read_phantoms(
         measured_share: of the conversations about number and size in which the expert's turn tells measurements.
         invented_share: of them whose tumours are scattered anew, see :func:`invent_tumors`; of train alone.
         ct_kinds: of the questions about a CT, see :class:`.ConversationMaker`.
+        cxr_kinds: of the first questions about a radiograph, likewise.
 
     Raises:
         UserError: for an unknown split, no phantom, negative counts, or shares of an unknown kind.
@@ -91,7 +93,7 @@ def read_phantoms(
     counts = (count, counted_count, foreign_count)
     folder = _check_made(split, images, counts, volume_count)
     told_shares = (measured_share, invented_share)
-    samples = _samples(split, cards, counts, volume_count, seed, (shares, ct_kinds), told_shares)
+    samples = _samples(split, cards, counts, volume_count, seed, (shares, ct_kinds, cxr_kinds), told_shares)
     for number, sample in enumerate(samples, start=1):
         yield Located(number, _to_record(sample, number, folder, split))
 
@@ -139,7 +141,7 @@ def _samples(
     counts: Sequence[int],
     volume_count: int,
     seed: int,
-    drawn_shares: tuple[Mapping[str, float] | None, Mapping[str, float] | None],
+    drawn_shares: Sequence[Mapping[str, float] | None],
     told_shares: tuple[float, float],
 ) -> Iterator[Sample]:
     first, held_out = FIRST_SEEDS[split], split != "train"
