@@ -433,6 +433,6 @@ def test_the_nano_weights_are_a_released_checkpoint(repository: Path) -> None:
     folder = repository / "vila_m3_bundle/models/nano"
     model, processor = load_checkpoint(folder), load_processor(folder)
     assert isinstance(processor, VilaM3Processor)
-    assert model.tokens_per_image == processor.tokens_per_image == 9
+    assert model.tokens_per_image == processor.tokens_per_image == 36
     assert not processor.drops_chunk_starts
     assert model.llm.lm_head.weight is model.get_input_embeddings().weight
