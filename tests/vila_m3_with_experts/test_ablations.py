@@ -144,6 +144,14 @@ def test_the_table_holds_mean_and_span_over_the_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_equal_scores_are_drawn(tmp_path: Path) -> None:
+    told = {"variant": "base", "benchmark": "nih", "metric": "f1", "runs": 3}
+    mean = (0.1 + 0.1 + 0.1) / 3
+    assert mean > 0.1
+    draw_bars([{**told, "mean": mean, "least": 0.1, "most": 0.1}], tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").exists()
+
+
 def test_a_study_without_seeds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no variants or no seeds are given"):
         run_ablations({"base": {"benchmarks": ["slake"]}}, [], {}, str(tmp_path))

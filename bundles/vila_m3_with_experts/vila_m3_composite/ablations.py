@@ -245,11 +245,12 @@ def draw_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     height = 1 + 0.3 * len(rows) + 0.4 * len(benchmarks)
     figure = Figure(figsize=(8, height), layout="constrained")
-    panels = figure.subplots(len(benchmarks), squeeze=False)[:, 0]
-    for panel, benchmark in zip(panels, benchmarks, strict=True):
-        shown = [row for row in rows if row["benchmark"] == benchmark]
+    of = {benchmark: [row for row in rows if row["benchmark"] == benchmark] for benchmark in benchmarks}
+    panels = figure.subplots(len(of), squeeze=False, height_ratios=[1 + len(shown) for shown in of.values()])[:, 0]
+    for panel, (benchmark, shown) in zip(panels, of.items(), strict=True):
         means = np.array([row["mean"] for row in shown])
         spans = np.array([[row["mean"] - row["least"], row["most"] - row["mean"]] for row in shown]).T
+        spans = spans.clip(min=0)  # the mean of equal values may round beyond them
         panel.barh(range(len(shown)), means, xerr=spans, height=0.6, color="tab:blue", ecolor="black")
         panel.set_yticks(range(len(shown)), [row["variant"] for row in shown])
         panel.invert_yaxis()
