@@ -24,7 +24,7 @@ from vila_m3.data.record import to_conversation
 
 pytestmark = pytest.mark.bench
 THREADS = 2
-BLOCK, BLOCKS = 96, 3
+BLOCK, BLOCKS = 320, 3
 
 
 def test_the_runner_is_four_times_as_fast_as_the_references_way(repository: Path, shared: Path, tmp_path: Path) -> None:

@@ -357,8 +357,10 @@ class Answerer:
     def _rows_of(self, conversations: Sequence[Conversation]) -> tuple[list[list[Place]], dict[str, np.ndarray]]:
         rows: list[list[Place]] = []
         images: dict[str, np.ndarray] = {}
+        pictures = {id(image): image for conversation in conversations for image in conversation.images}
+        names = {key: digest_of(image) for key, image in pictures.items()}
         for conversation in conversations:
-            digests = [digest_of(image) for image in conversation.images]
+            digests = [names[id(image)] for image in conversation.images]
             images |= dict(zip(digests, conversation.images, strict=True))
             rows.append(_places(self.tokenize(conversation), digests, self.processor.tokens_per_image))
         return rows, images

@@ -23,7 +23,7 @@ from vila_m3_common.errors import UserError, exits_with_message
 from vila_m3_common.standalone import make_output_dir
 from vila_m3_common.volumes import load_picture
 
-from ..answer import Answerer
+from ..answer import Answered, Answerer
 from ..data.record import Record, to_conversation
 from .asking import ask_record, prompt_text
 from .definition import (
@@ -83,24 +83,22 @@ def asks_model(answerer: Answerer) -> Ask:
     """Return a function that answers a batch with the VLM; a question that it cannot read gets its error."""
 
     def ask(conversations: Sequence[Conversation]) -> list[Row]:
-        problems: dict[int, str] = {}
-        for place, conversation in enumerate(conversations):
-            try:
-                answerer.tokenize(conversation)
-            except UserError as error:
-                problems[place] = str(error)
-        ready = [conversation for place, conversation in enumerate(conversations) if place not in problems]
-        answers = iter(answerer.answer_batch(ready))
-        rows: list[Row] = []
-        for place in range(len(conversations)):
-            if place in problems:
-                rows.append({"text": "", "error": problems[place]})
-            else:
-                answer = next(answers)
-                rows.append({"text": answer.text, "stop_reason": answer.stop_reason, "confidence": answer.confidence})
-        return rows
+        try:
+            return [_answer_row(answer) for answer in answerer.answer_batch(conversations)]
+        except UserError:
+            return [ask_one(conversation) for conversation in conversations]
+
+    def ask_one(conversation: Conversation) -> Row:
+        try:
+            return _answer_row(*answerer.answer_batch([conversation]))
+        except UserError as error:
+            return {"text": "", "error": str(error)}
 
     return ask
+
+
+def _answer_row(answer: Answered) -> Row:
+    return {"text": answer.text, "stop_reason": answer.stop_reason, "confidence": answer.confidence}
 
 
 def asks_endpoint(endpoint: Endpoint) -> Ask:
