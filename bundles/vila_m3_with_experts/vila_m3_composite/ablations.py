@@ -242,12 +242,14 @@ def draw_bars(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the mean of each variant as a bar, one panel a benchmark; the line spans the runs."""
     from matplotlib.figure import Figure  # slow to import, and only the chart needs it
 
-    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
-    height = 1 + 0.3 * len(rows) + 0.4 * len(benchmarks)
+    panels_of: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels_of.setdefault(row["benchmark"], []).append(row)
+    height = 1 + 0.3 * len(rows) + 0.4 * len(panels_of)
     figure = Figure(figsize=(8, height), layout="constrained")
-    of = {benchmark: [row for row in rows if row["benchmark"] == benchmark] for benchmark in benchmarks}
-    panels = figure.subplots(len(of), squeeze=False, height_ratios=[1 + len(shown) for shown in of.values()])[:, 0]
-    for panel, (benchmark, shown) in zip(panels, of.items(), strict=True):
+    ratios = [1 + len(shown) for shown in panels_of.values()]
+    panels = figure.subplots(len(panels_of), squeeze=False, height_ratios=ratios)[:, 0]
+    for panel, (benchmark, shown) in zip(panels, panels_of.items(), strict=True):
         means = np.array([row["mean"] for row in shown])
         spans = np.array([[row["mean"] - row["least"], row["most"] - row["mean"]] for row in shown]).T
         spans = spans.clip(min=0)  # the mean of equal values may round beyond them

@@ -86,13 +86,17 @@ def asks_model(answerer: Answerer) -> Ask:
         try:
             return [_answer_row(answer) for answer in answerer.answer_batch(conversations)]
         except UserError:
-            return [ask_one(conversation) for conversation in conversations]
+            problems = [problem_of(conversation) for conversation in conversations]
+        ready = [conversation for conversation, problem in zip(conversations, problems, strict=True) if not problem]
+        answers = iter(answerer.answer_batch(ready))
+        return [{"text": "", "error": problem} if problem else _answer_row(next(answers)) for problem in problems]
 
-    def ask_one(conversation: Conversation) -> Row:
+    def problem_of(conversation: Conversation) -> str:
         try:
-            return _answer_row(*answerer.answer_batch([conversation]))
+            answerer.tokenize(conversation)
         except UserError as error:
-            return {"text": "", "error": str(error)}
+            return str(error)
+        return ""
 
     return ask
 
